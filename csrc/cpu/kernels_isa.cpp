@@ -1,0 +1,95 @@
+// The one source of the CPU kernels, compiled per instruction set and scalar type.
+//
+// The build defines FM_ISA_NAME (baseline, avx2, avx512), FM_SCALAR and FM_DTYPE_NAME (f32, f64);
+// everything below lives in the namespace fm::cpu::<isa>_<dtype>, and the one symbol that leaves
+// this file is fm::cpu::<isa>_<dtype>::backend().
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/parallel.h"
+#include "cpu/tasks.h"
+#include "math/activation.h"
+#include "math/loss.h"
+#include "math/normalize.h"
+#include "math/policy.h"
+#include "program/backend.h"
+
+#define FM_JOIN_(isa, dtype) isa##_##dtype
+#define FM_JOIN(isa, dtype) FM_JOIN_(isa, dtype)
+#define FM_KERNELS fm::cpu::FM_JOIN(FM_ISA_NAME, FM_DTYPE_NAME)
+
+// Order matters: simd first.
+// clang-format off
+#include "cpu/simd.inl.h"
+#include "cpu/product.inl.h"
+#include "cpu/bilinear.inl.h"
+#include "cpu/elementwise.inl.h"
+#include "cpu/batch_norm.inl.h"
+#include "cpu/layer_norm.inl.h"
+#include "cpu/pool.inl.h"
+#include "cpu/loss.inl.h"
+#include "cpu/vector_ops.inl.h"
+// clang-format on
+
+namespace FM_KERNELS {
+
+// A backend pass takes T tasks; the kernels above take one.
+template <void (*Pass)(const LayerArgs<S>&, const Exec&)>
+void each_task(const LayerArgs<S>& args, const Exec& exec) {
+  for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t), exec);
+}
+
+template <void (*Forward)(const LayerArgs<S>&, const Exec&),
+          void (*Backward)(const LayerArgs<S>&, const Exec&),
+          void (*TangentForward)(const LayerArgs<S>&, const Exec&),
+          void (*TangentBackward)(const LayerArgs<S>&, const Exec&)>
+constexpr LayerOps<S> ops() {
+  return {each_task<Forward>, each_task<Backward>, each_task<TangentForward>,
+          each_task<TangentBackward>};
+}
+
+template <class F>
+constexpr LayerOps<S> activation_ops() {
+  return ops<elementwise_forward<F>, elementwise_backward<F>, elementwise_tangent_forward<F>,
+             elementwise_tangent_backward<F>>();
+}
+
+// In the order of LayerKind and LossKind.
+const Backend<S>& backend() {
+  static const Backend<S> table = {
+      "cpu",
+      {ops<bilinear_forward, bilinear_backward, bilinear_tangent_forward,
+           bilinear_tangent_backward>(),
+       ops<batch_norm_forward, batch_norm_backward, batch_norm_tangent_forward,
+           batch_norm_tangent_backward>(),
+       ops<layer_norm_forward, layer_norm_backward, layer_norm_tangent_forward,
+           layer_norm_tangent_backward>(),
+       activation_ops<math::Relu>(), activation_ops<math::LeakyRelu>(),
+       activation_ops<math::Tanh>(), activation_ops<math::Sigmoid>(), activation_ops<math::Silu>(),
+       activation_ops<math::Gelu>(), activation_ops<math::GeluTanh>(), activation_ops<math::Elu>(),
+       activation_ops<math::Softplus>(),
+       ops<max_pool_forward, max_pool_backward, max_pool_tangent_forward,
+           max_pool_tangent_backward>(),
+       ops<average_pool_forward, average_pool_backward, average_pool_tangent_forward,
+           average_pool_tangent_backward>(),
+       ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
+      {{squared_error_value, squared_error_hessian},
+       {cross_entropy_value, cross_entropy_hessian},
+       {gaussian_policy_value, gaussian_policy_hessian}},
+      {descend, scale_by_rates, segment_dots, negative_product, scale, add, mean_rows, gather,
+       scatter, to_channels_last},
+      task_slots,
+      for_each_task,
+      for_each_range};
+  return table;
+}
+
+}  // namespace FM_KERNELS

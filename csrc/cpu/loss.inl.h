@@ -1,0 +1,66 @@
+// Losses: one sample after the other, formulas in math/loss.h and math/policy.h. Values are summed
+// in double in the order of the samples.
+
+namespace FM_KERNELS {
+
+inline void squared_error_value(const LossArgs<S>& a, const Exec&) {
+  const S* y = static_cast<const S*>(a.target);
+  double value = 0;
+  for (index_t n = 0; n < a.samples; ++n) {
+    const index_t row = n * a.outputs;
+    value +=
+        math::squared_error(a.z + row, y + row, a.outputs, a.scale, a.dz ? a.dz + row : nullptr);
+  }
+  *a.value = value;
+  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+}
+
+inline void squared_error_hessian(const LossArgs<S>& a, const Exec&) {
+  for (index_t i = 0; i < a.samples * a.outputs; ++i) a.tdz[i] = S(2) * a.scale * a.tz[i];
+}
+
+inline void cross_entropy_value(const LossArgs<S>& a, const Exec&) {
+  const std::int64_t* labels = static_cast<const std::int64_t*>(a.target);
+  double value = 0;
+  index_t hits = 0;
+  for (index_t n = 0; n < a.samples; ++n) {
+    const index_t row = n * a.outputs;
+    bool correct = false;
+    value += math::cross_entropy(a.z + row, labels[n], a.outputs, a.scale,
+                                 a.dz ? a.dz + row : nullptr, &correct);
+    hits += correct;
+  }
+  *a.value = value;
+  *a.accuracy = double(hits) / double(a.samples);
+}
+
+inline void cross_entropy_hessian(const LossArgs<S>& a, const Exec&) {
+  for (index_t n = 0; n < a.samples; ++n) {
+    const index_t row = n * a.outputs;
+    math::cross_entropy_hessian(a.z + row, a.tz + row, a.outputs, a.scale, a.tdz + row);
+  }
+}
+
+inline void gaussian_policy_value(const LossArgs<S>& a, const Exec&) {
+  const S* target = static_cast<const S*>(a.target);
+  const index_t actions = a.outputs / 2;
+  double value = 0;
+  for (index_t n = 0; n < a.samples; ++n) {
+    value += math::gaussian_policy(a.z + n * a.outputs, target + n * (actions + 1), actions,
+                                   a.scale, a.dz ? a.dz + n * a.outputs : nullptr);
+  }
+  *a.value = value;
+  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+}
+
+inline void gaussian_policy_hessian(const LossArgs<S>& a, const Exec&) {
+  const S* target = static_cast<const S*>(a.target);
+  const index_t actions = a.outputs / 2;
+  for (index_t n = 0; n < a.samples; ++n) {
+    const index_t row = n * a.outputs;
+    math::gaussian_policy_hessian(a.z + row, target + n * (actions + 1), a.tz + row, actions,
+                                  a.scale, a.tdz + row);
+  }
+}
+
+}  // namespace FM_KERNELS

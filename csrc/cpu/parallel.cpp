@@ -1,0 +1,232 @@
+#include "cpu/parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+namespace fm::cpu {
+namespace {
+
+// Workers look for new work this long before they sleep; waking a sleeper costs some 30 us.
+constexpr auto kSpin = std::chrono::microseconds(60);
+
+void relax() {
+#if defined(__SSE__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Flush-to-zero for the lifetime of the object: denormals cost a hundred times a normal operation.
+class FlushDenormals {
+ public:
+#if defined(__SSE__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushDenormals() {}
+#endif
+};
+
+int cgroup_quota() {
+  std::ifstream v2("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (v2 >> quota >> period) {
+    if (quota == "max" || period <= 0) return 0;
+    return std::max(1, int(std::strtod(quota.c_str(), nullptr) / period + 0.5));
+  }
+  std::ifstream v1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+  std::ifstream v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  double limit = 0;
+  if ((v1 >> limit) && (v1_period >> period) && limit > 0 && period > 0) {
+    return std::max(1, int(limit / period + 0.5));
+  }
+  return 0;
+}
+
+int default_threads() {
+  int threads = int(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) threads = CPU_COUNT(&set);
+#endif
+  if (const int quota = cgroup_quota()) threads = std::min(threads, quota);
+  if (const char* wish = std::getenv("FASTMAML_NUM_THREADS")) {
+    const int value = std::atoi(wish);
+    if (value > 0) threads = value;
+  }
+  return std::max(1, threads);
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) : size_(threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  int size() const { return size_; }
+
+  // Parts are claimed from a counter. Every worker passes through every generation once, so the
+  // state of one generation is never seen by a straggler of the last.
+  void run(index_t parts, PartBody body, void* state) {
+    if (size_ == 1 || parts <= 1) {
+      for (index_t part = 0; part < parts; ++part) body(state, 0, part);
+      return;
+    }
+    body_ = body;
+    state_ = state;
+    parts_ = parts;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(size_ - 1, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleepers_.load() > 0) wake_.notify_all();
+    claim(0);
+    for (int tries = 0; running_.load(std::memory_order_acquire) > 0; ++tries) {
+      if (tries < 20000) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  void claim(int thread) {
+    for (;;) {
+      const index_t part = next_.fetch_add(1, std::memory_order_relaxed);
+      if (part >= parts_) return;
+      body_(state_, thread, part);
+    }
+  }
+
+  void work(int thread) {
+    FlushDenormals flush;
+    unsigned long seen = 0;
+    for (;;) {
+      seen = wait_for_work(seen);
+      if (stop_) return;
+      claim(thread);
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  unsigned long wait_for_work(unsigned long seen) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0;; ++i) {
+      const unsigned long now = generation_.load(std::memory_order_acquire);
+      if (now != seen) return now;
+      relax();
+      if (i % 64 == 63 && std::chrono::steady_clock::now() - start > kSpin) break;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+    sleepers_.fetch_sub(1);
+    return generation_.load(std::memory_order_acquire);
+  }
+
+  const int size_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<unsigned long> generation_{0};
+  std::atomic<int> sleepers_{0}, running_{0};
+  std::atomic<index_t> next_{0};
+  std::atomic<bool> stop_{false};
+  PartBody body_ = nullptr;
+  void* state_ = nullptr;
+  index_t parts_ = 0;
+};
+
+std::mutex& call_mutex() {
+  static auto* mutex = new std::mutex;  // never destroyed: calls may outlive static destructors
+  return *mutex;
+}
+
+int requested_threads = 0;  // 0: the default
+Pool* shared_pool = nullptr;
+
+// A forked child has none of the parent's threads: it starts over with a pool of its own.
+void forget_pool() {
+  shared_pool = nullptr;
+  new (&call_mutex()) std::mutex;
+}
+
+Pool& pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  (void)registered;
+  const int wanted = requested_threads > 0 ? requested_threads : default_threads();
+  if (shared_pool && requested_threads > 0 && shared_pool->size() != wanted) {
+    delete shared_pool;
+    shared_pool = nullptr;
+  }
+  if (!shared_pool) shared_pool = new Pool(wanted);
+  return *shared_pool;
+}
+
+}  // namespace
+
+void set_num_threads(int threads) {
+  std::lock_guard<std::mutex> lock(call_mutex());
+  requested_threads = threads > 0 ? threads : default_threads();
+}
+
+int num_threads() {
+  std::lock_guard<std::mutex> lock(call_mutex());
+  if (requested_threads > 0) return requested_threads;
+  return shared_pool ? shared_pool->size() : default_threads();
+}
+
+void run_parts(index_t parts, PartBody body, void* state) {
+  std::lock_guard<std::mutex> lock(call_mutex());
+  FlushDenormals flush;
+  pool().run(parts, body, state);
+}
+
+void run_team(TeamBody body, void* state) {
+  std::lock_guard<std::mutex> lock(call_mutex());
+  FlushDenormals flush;
+  Pool& team = pool();
+  body(state, team.size() > 1 ? &team : nullptr);
+}
+
+void team_parts(const void* team, index_t parts, PartBody body, void* state) {
+  static_cast<Pool*>(const_cast<void*>(team))->run(parts, body, state);
+}
+
+int team_size(const void* team) { return team ? static_cast<const Pool*>(team)->size() : 1; }
+
+}  // namespace fm::cpu

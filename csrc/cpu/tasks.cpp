@@ -1,0 +1,62 @@
+#include "cpu/tasks.h"
+
+#include "cpu/parallel.h"
+
+namespace fm::cpu {
+namespace {
+
+struct TaskLoop {
+  index_t tasks;
+  void (*body)(void*, index_t, index_t, const Exec&);
+  void* state;
+};
+
+bool thread_per_task(index_t tasks) { return tasks >= num_threads(); }
+
+}  // namespace
+
+index_t task_slots(index_t tasks) { return thread_per_task(tasks) ? num_threads() : 1; }
+
+void for_each_task(index_t tasks, void (*body)(void*, index_t, index_t, const Exec&), void* state) {
+  TaskLoop loop{tasks, body, state};
+  if (thread_per_task(tasks)) {
+    run_parts(
+        tasks,
+        [](void* l, int thread, index_t task) {
+          const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
+          loop.body(loop.state, thread, task, Exec{});
+        },
+        &loop);
+    return;
+  }
+  run_team(
+      [](void* l, const void* team) {
+        const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
+        const Exec exec{team, nullptr};
+        for (index_t t = 0; t < loop.tasks; ++t) loop.body(loop.state, 0, t, exec);
+      },
+      &loop);
+}
+
+void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index_t), void* state) {
+  struct RangeLoop {
+    index_t n, grain;
+    void (*body)(void*, index_t, index_t);
+    void* state;
+  } loop{n, grain, body, state};
+  const index_t parts = (n + grain - 1) / grain;
+  if (parts <= 1) {
+    if (n > 0) body(state, 0, n);
+    return;
+  }
+  run_parts(
+      parts,
+      [](void* l, int, index_t part) {
+        const RangeLoop& loop = *static_cast<const RangeLoop*>(l);
+        const index_t begin = part * loop.grain;
+        loop.body(loop.state, begin, min_of(loop.n, begin + loop.grain));
+      },
+      &loop);
+}
+
+}  // namespace fm::cpu

@@ -1,0 +1,42 @@
+// How the CPU runs a batch of tasks: a thread per task while there are enough of them, else all
+// threads inside one task after the other.
+#pragma once
+
+#include "program/backend.h"
+
+namespace fm::cpu {
+
+index_t task_slots(index_t tasks);
+void for_each_task(index_t tasks, void (*body)(void*, index_t, index_t, const Exec&), void* state);
+void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index_t), void* state);
+
+template <class P>
+FM_INLINE P* advance(P* pointer, index_t elements) {
+  return pointer ? pointer + elements : nullptr;
+}
+
+// The arguments of one task out of those of T.
+template <class S>
+FM_INLINE LayerArgs<S> task_args(const LayerArgs<S>& args, index_t t) {
+  if (args.tasks == 1) return args;
+  const index_t in = t * args.samples * args.desc->in.size();
+  const index_t out = t * args.samples * args.desc->out.size();
+  LayerArgs<S> one = args;
+  one.tasks = 1;
+  one.x = advance(args.x, in);
+  one.tx = advance(args.tx, in);
+  one.dx = advance(args.dx, in);
+  one.tdx = advance(args.tdx, in);
+  one.y = advance(args.y, out);
+  one.ty = advance(args.ty, out);
+  one.dy = advance(args.dy, out);
+  one.tdy = advance(args.tdy, out);
+  one.w = advance(args.w, t * args.w_stride);
+  one.tw = advance(args.tw, t * args.tw_stride);
+  one.dw = advance(args.dw, t * args.dw_stride);
+  one.tdw = advance(args.tdw, t * args.dw_stride);
+  one.saved = advance(args.saved, t * saved_count(*args.desc, args.samples));
+  return one;
+}
+
+}  // namespace fm::cpu

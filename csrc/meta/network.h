@@ -1,0 +1,75 @@
+// The passes of a whole program over one task, layer by layer.
+#pragma once
+
+#include "program/backend.h"
+#include "program/plan.h"
+
+namespace fm {
+
+// Samples of one task as the engine reads them: x channels last.
+template <class S>
+struct Batch {
+  const S* x = nullptr;
+  const void* y = nullptr;
+  index_t samples = 0;
+};
+
+template <class S>
+struct Tape {
+  const TapePlan* plan = nullptr;
+  S* base = nullptr;
+  S* y(size_t l) const { return base + plan->y[l]; }
+  S* dx(size_t l) const { return base + plan->dx[l]; }
+  S* saved(size_t l) const { return base + plan->saved[l]; }
+  S* dz() const { return base + plan->dz; }
+};
+
+template <class S>
+struct Tangent {
+  const TangentPlan* plan = nullptr;
+  S* base = nullptr;
+  S* ty(size_t l) const { return base + plan->ty[l]; }
+  S* tdx(size_t l) const { return base + plan->tdx[l % 2]; }
+  S* tdz() const { return base + plan->tdz; }
+};
+
+template <class S>
+class Network {
+ public:
+  Network(const Program& program, const Backend<S>& backend)
+      : program_(program), backend_(backend) {}
+
+  void forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, const Exec& exec) const;
+  // Value and accuracy of the loss; with `gradient` the adjoint of the output as well.
+  void loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient, double* value,
+            double* accuracy, const Exec& exec) const;
+  // From the adjoint `dz` of the output to dw [P], which may be null; fills the tape's adjoints.
+  void backward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz, S* dw,
+                const Exec& exec) const;
+  void tangent_forward(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
+                       const Tangent<S>& tangent, const Exec& exec) const;
+  // out = Hessian of the loss with respect to the output, times the output's tangent
+  void loss_hessian(const Batch<S>& batch, const Tape<S>& tape, const Tangent<S>& tangent, S* out,
+                    const Exec& exec) const;
+  void tangent_backward(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
+                        const Tangent<S>& tangent, S* tdw, const Exec& exec) const;
+
+  // forward, loss and backward
+  double gradient(const S* theta, const Batch<S>& batch, const Tape<S>& tape, S* dw,
+                  double* accuracy, const Exec& exec) const;
+  // tdw = H tw, from the tape that `gradient` left
+  void hessian_vector(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
+                      const Tangent<S>& tangent, S* tdw, const Exec& exec) const;
+
+ private:
+  LayerArgs<S> args(size_t l, const S* theta, const Batch<S>& batch, const Tape<S>& tape) const;
+  LossArgs<S> loss_args(const Batch<S>& batch, const Tape<S>& tape) const;
+  const LayerOps<S>& ops(size_t l) const { return backend_.layers[int(program_.layers()[l].kind)]; }
+  size_t depth() const { return program_.layers().size(); }
+  size_t first() const { return size_t(program_.first_trainable()); }
+
+  const Program& program_;
+  const Backend<S>& backend_;
+};
+
+}  // namespace fm

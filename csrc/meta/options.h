@@ -1,0 +1,118 @@
+// What a call of the driver is given. Pointers are to the caller's memory, in the model's layout
+// (channels first, PyTorch's weights), tasks first.
+#pragma once
+
+#include <vector>
+
+#include "program/backend.h"
+#include "program/program.h"
+
+namespace fm {
+
+// Parameters, one pointer per tensor of Program::parameters(), shared by all tasks ([...]) or one
+// set per task ([T, ...]).
+template <class P>
+struct TensorList {
+  std::vector<P*> tensors;
+  bool per_task = false;
+};
+
+template <class S>
+struct Samples {
+  const S* x = nullptr;     // [T, N, ...]
+  const void* y = nullptr;  // [T, N] int64 labels or [T, N, .] of S
+  index_t count = 0;        // N
+  bool channels_last = false;
+};
+
+enum class RateLayout : int { scalar, per_tensor, per_parameter };
+
+// a_k [K', R]: K' = K with per_step, else 1; R = 1, tensors, or parameters in the model's layout.
+template <class S>
+struct Rates {
+  const S* values = nullptr;
+  RateLayout layout = RateLayout::scalar;
+  index_t steps = 1;                  // K'; later steps reuse the last row
+  std::vector<std::uint8_t> adapted;  // per tensor: does the inner loop change it
+};
+
+// Keep every support step's activations for the chain, or compute them again there.
+enum class Memory : int { automatic, keep, recompute };
+
+// `automatic` keeps while all that is kept takes no more than this.
+constexpr index_t kKeepBytes = index_t(512) << 20;
+
+template <class S>
+struct MetaCall {
+  const Program* program = nullptr;
+  const Backend<S>* backend = nullptr;
+  index_t tasks = 0;
+  index_t steps = 0;
+  bool first_order = false;
+  Memory memory = Memory::automatic;
+  std::vector<double> loss_weights;  // [K + 1]
+  TensorList<const S> params;
+  Rates<S> rates;
+  Samples<S> support, query;
+  TensorList<S> gradients;           // [...], mean over tasks
+  S* rate_gradient = nullptr;        // as rates.values, mean over tasks, or null
+  double* query_loss = nullptr;      // [T, K + 1]; NaN where the weight is zero
+  double* query_accuracy = nullptr;  // [T, K + 1]
+};
+
+// Adapts every task; evaluates on the query samples after each step when there are any.
+template <class S>
+struct AdaptCall {
+  const Program* program = nullptr;
+  const Backend<S>* backend = nullptr;
+  index_t tasks = 0, steps = 0;
+  TensorList<const S> params;
+  Rates<S> rates;
+  Samples<S> support, query;
+  TensorList<S> adapted;             // [T, ...], or empty
+  double* query_loss = nullptr;      // [T, K + 1], or null
+  double* query_accuracy = nullptr;  // [T, K + 1], or null
+};
+
+enum class Product : int { forward, gradient, hessian, gauss_newton };
+
+// One pass or product per task.
+template <class S>
+struct ProductCall {
+  const Program* program = nullptr;
+  const Backend<S>* backend = nullptr;
+  index_t tasks = 0;
+  Product product = Product::forward;
+  TensorList<const S> params, vector;
+  Samples<S> samples;
+  S* output = nullptr;     // forward: [T, N, outputs]
+  double* loss = nullptr;  // gradient: [T]
+  TensorList<S> result;    // the others: [T, ...]
+};
+
+// Bytes of workspace a call needs, and how they are made up.
+struct CallPlan {
+  index_t bytes = 0;         // the whole workspace
+  index_t slots = 0;         // tasks in work at once
+  index_t slot_bytes = 0;    // per task in work
+  index_t shared_bytes = 0;  // parameters, rates and per-task results
+  index_t tape_bytes = 0;    // one support step's activations and adjoints
+  bool kept = false;         // activations kept over the steps
+};
+
+template <class S>
+CallPlan plan_meta_gradient(const MetaCall<S>& call);
+template <class S>
+void meta_gradient(const MetaCall<S>& call, void* workspace);
+
+template <class S>
+CallPlan plan_adapt(const AdaptCall<S>& call);
+template <class S>
+void adapt(const AdaptCall<S>& call, void* workspace);
+
+template <class S>
+CallPlan plan_product(const ProductCall<S>& call);
+template <class S>
+void product(const ProductCall<S>& call, void* workspace);
+
+}  // namespace fm

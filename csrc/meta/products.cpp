@@ -1,0 +1,135 @@
+// One pass or product per task: outputs, loss and gradient, Hessian and Gauss-Newton products.
+//
+//   Hessian        H v  = tangent_forward, loss Hessian, tangent_backward
+//   Gauss-Newton   G v  = J' H_loss J v = tangent_forward, loss Hessian, backward
+
+#include "meta/layout.h"
+
+namespace fm {
+namespace {
+
+struct ProductPlan {
+  TapePlan tape;
+  TangentPlan tangent;
+  index_t theta = 0, vector = 0, result = 0, x = 0, tape_at = 0, tangent_at = 0, scratch = 0,
+          slot = 0;
+  index_t slots = 0;
+};
+
+template <class S>
+ProductPlan make_plan(const ProductCall<S>& call) {
+  const Program& program = *call.program;
+  const index_t P = program.param_count();
+  const bool products = call.product == Product::hessian || call.product == Product::gauss_newton;
+  ProductPlan plan;
+  plan.slots = call.backend->slots(call.tasks);
+  plan.tape = plan_tape(program, call.samples.count, !products);
+  plan.tangent = plan_tangent(program, call.samples.count);
+  Arena slot;
+  plan.theta = slot.take(P);
+  plan.vector = slot.take(products ? P : 0);
+  plan.result = slot.take(P);
+  plan.x = slot.take(staging_size(program, call.samples));
+  plan.tape_at = slot.take(plan.tape.size);
+  plan.tangent_at = slot.take(products ? plan.tangent.size : 0);
+  plan.scratch = slot.take(plan_scratch(program, call.samples.count));
+  plan.slot = slot.size();
+  return plan;
+}
+
+template <class S>
+class Products {
+ public:
+  Products(const ProductCall<S>& call, const ProductPlan& plan, S* workspace)
+      : call_(call),
+        plan_(plan),
+        program_(*call.program),
+        backend_(*call.backend),
+        network_(program_, backend_),
+        slots_(workspace) {}
+
+  void run() {
+    backend_.for_each_task(
+        call_.tasks,
+        [](void* self, index_t slot, index_t task, const Exec& exec) {
+          static_cast<const Products*>(self)->task(slot, task, exec);
+        },
+        this);
+  }
+
+ private:
+  void task(index_t slot, index_t t, Exec exec) const {
+    S* base = slots_ + slot * plan_.slot;
+    S* theta = base + plan_.theta;
+    exec.scratch = base + plan_.scratch;
+    load_parameters(program_, backend_, call_.params, t, theta);
+    const Batch<S> batch = load_samples(program_, backend_, call_.samples, t, base + plan_.x);
+    const Tape<S> tape{&plan_.tape, base + plan_.tape_at};
+    if (call_.product == Product::forward) return forward(theta, batch, tape, t, exec);
+    S* result = base + plan_.result;
+    double accuracy;
+    if (call_.product == Product::gradient) {
+      call_.loss[t] = network_.gradient(theta, batch, tape, result, &accuracy, exec);
+    } else {
+      S* v = base + plan_.vector;
+      const Tangent<S> tangent{&plan_.tangent, base + plan_.tangent_at};
+      load_parameters(program_, backend_, call_.vector, t, v);
+      network_.gradient(theta, batch, tape, nullptr, &accuracy, exec);
+      curvature(theta, v, batch, tape, tangent, result, exec);
+    }
+    store_parameters(program_, backend_, result, call_.result, t);
+  }
+
+  void curvature(const S* theta, const S* v, const Batch<S>& batch, const Tape<S>& tape,
+                 const Tangent<S>& tangent, S* result, const Exec& exec) const {
+    if (call_.product == Product::hessian) {
+      network_.hessian_vector(theta, v, batch, tape, tangent, result, exec);
+      return;
+    }
+    network_.tangent_forward(theta, v, batch, tape, tangent, exec);
+    network_.loss_hessian(batch, tape, tangent, tangent.tdz(), exec);
+    network_.backward(theta, batch, tape, tangent.tdz(), result, exec);
+  }
+
+  void forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, index_t t,
+               const Exec& exec) const {
+    network_.forward(theta, batch, tape, exec);
+    const index_t size = batch.samples * program_.output().size();
+    backend_.vector.scale(size, S(1), tape.y(program_.layers().size() - 1),
+                          call_.output + t * size);
+  }
+
+  const ProductCall<S>& call_;
+  const ProductPlan& plan_;
+  const Program& program_;
+  const Backend<S>& backend_;
+  Network<S> network_;
+  S* slots_;
+};
+
+}  // namespace
+
+template <class S>
+CallPlan plan_product(const ProductCall<S>& call) {
+  const ProductPlan plan = make_plan(call);
+  CallPlan result;
+  result.slots = plan.slots;
+  result.slot_bytes = plan.slot * index_t(sizeof(S));
+  result.tape_bytes = plan.tape.size * index_t(sizeof(S));
+  result.bytes = result.slots * result.slot_bytes;
+  return result;
+}
+
+template <class S>
+void product(const ProductCall<S>& call, void* workspace) {
+  check_labels(*call.program, call.samples, call.tasks, "y");
+  const ProductPlan plan = make_plan(call);
+  Products<S>(call, plan, static_cast<S*>(workspace)).run();
+}
+
+template CallPlan plan_product(const ProductCall<float>&);
+template CallPlan plan_product(const ProductCall<double>&);
+template void product(const ProductCall<float>&, void*);
+template void product(const ProductCall<double>&, void*);
+
+}  // namespace fm

@@ -1,0 +1,83 @@
+// A backend is a table: four passes per layer, losses, vector operations, and a way to run tasks.
+// The driver in meta/ knows nothing else, so it is written once.
+#pragma once
+
+#include "common/types.h"
+#include "program/layer.h"
+
+namespace fm {
+
+// Where a pass runs: a team of threads or a stream (`context`, null: this thread alone), and the
+// scratch memory it may use.
+struct Exec {
+  const void* context = nullptr;
+  void* scratch = nullptr;
+};
+
+template <class S>
+struct LayerOps {
+  using Pass = void (*)(const LayerArgs<S>&, const Exec&);
+  Pass forward = nullptr, backward = nullptr, tangent_forward = nullptr, tangent_backward = nullptr;
+};
+
+template <class S>
+struct LossOps {
+  using Pass = void (*)(const LossArgs<S>&, const Exec&);
+  Pass value = nullptr;    // value, accuracy and dz
+  Pass hessian = nullptr;  // tdz
+};
+
+// Inner learning rates of one step, in the engine's layout: one per parameter, or one per segment
+// (a tensor) of the parameters.
+struct Segment {
+  index_t offset, count;
+};
+
+template <class S>
+struct StepRates {
+  const Segment* segments = nullptr;
+  index_t segment_count = 0;
+  const S* per_segment = nullptr;    // [segments], or
+  const S* per_parameter = nullptr;  // [P]
+};
+
+template <class S>
+struct VectorOps {
+  // out = theta - a (.) g
+  void (*descend)(const StepRates<S>&, const S* theta, const S* g, S* out);
+  // out = a (.) v
+  void (*scale_by_rates)(const StepRates<S>&, const S* v, S* out);
+  // per segment: out[segment] = -<g, v>
+  void (*segment_dots)(const StepRates<S>&, const S* g, const S* v, S* out);
+  // out = -g (.) v
+  void (*negative_product)(index_t n, const S* g, const S* v, S* out);
+  // out = alpha v, out += alpha v
+  void (*scale)(index_t n, S alpha, const S* v, S* out);
+  void (*add)(index_t n, S alpha, const S* v, S* out);
+  // out[j] = mean over t of values[t, j], t in ascending order, for begin <= j < end
+  void (*mean_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out);
+  // dst[e] = src[index[e]] and dst[index[e]] = src[e]; a null index copies
+  void (*gather)(index_t n, const std::int32_t* index, const S* src, S* dst);
+  void (*scatter)(index_t n, const std::int32_t* index, const S* src, S* dst);
+  // [N, channels, pixels] -> [N, pixels, channels]
+  void (*to_channels_last)(index_t n, index_t channels, index_t pixels, const S* src, S* dst);
+};
+
+template <class S>
+struct Backend {
+  const char* name;
+  LayerOps<S> layers[int(LayerKind::count)];
+  LossOps<S> losses[int(LossKind::count)];
+  VectorOps<S> vector;
+  // Tasks that are in work at the same time, each in a workspace slot of its own.
+  index_t (*slots)(index_t tasks);
+  // Calls body(state, slot, task, exec) for every task. `exec.context` is set when the passes of
+  // one task may split their loops; `scratch` is left to the body.
+  using Body = void (*)(void* state, index_t slot, index_t task, const Exec& exec);
+  void (*for_each_task)(index_t tasks, Body body, void* state);
+  // Calls body(state, begin, end) for disjoint ranges that cover [0, n).
+  using Range = void (*)(void* state, index_t begin, index_t end);
+  void (*for_each_range)(index_t n, index_t grain, Range body, void* state);
+};
+
+}  // namespace fm

@@ -1,0 +1,100 @@
+// The layer contract.
+//
+// A layer is four passes (forward, backward, tangent_forward, tangent_backward) of one signature.
+// `LayerArgs` points at everything any pass of any layer may need; names are those of the naming
+// card in csrc/README.md. Activations are channels last. Outputs of a pass are overwritten, a null
+// output is not computed, a null tangent means zero, inputs are never modified.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/types.h"
+#include "program/geometry.h"
+
+namespace fm {
+
+enum class LayerKind : int {
+  bilinear,  // Linear and Conv2d: y = w * x (+ b); Linear is a 1x1 convolution of a 1x1 image
+  batch_norm,
+  layer_norm,
+  relu,
+  leaky_relu,
+  tanh,
+  sigmoid,
+  silu,
+  gelu,
+  gelu_tanh,
+  elu,
+  softplus,
+  max_pool,
+  average_pool,
+  append_parameter,  // y = (x, w): a parameter of its own beside the outputs
+  count
+};
+
+// Height, width and channels of one sample; a vector of F features is 1 x 1 x F.
+struct Shape {
+  index_t height = 1, width = 1, channels = 1;
+  FM_INLINE index_t pixels() const { return height * width; }
+  FM_INLINE index_t size() const { return height * width * channels; }
+};
+
+struct Window {
+  index_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0};
+};
+
+struct LayerDesc {
+  LayerKind kind = LayerKind::relu;
+  Shape in, out;
+  Window window;                           // convolution and pooling
+  bool has_weight = false;                 // weight or scale
+  bool has_bias = false;                   // bias or shift
+  bool relu = false;                       // batch norm only: a ReLU fused behind it
+  double eps = 0, alpha = 0;               // normalisation; slope or alpha of an activation
+  index_t param_offset = 0;                // of the weight, in elements of the engine's layout
+  index_t bias_offset = 0;                 // of the bias, relative to param_offset
+  index_t param_count = 0;                 // weight, padding to a cache line and bias
+  const ConvGeometry* geometry = nullptr;  // bilinear only, owned by the program
+};
+
+template <class S>
+struct LayerArgs {
+  const LayerDesc* desc;
+  index_t tasks = 1, samples = 0;
+  index_t w_stride = 0, tw_stride = 0, dw_stride = 0;  // elements from task to task
+  const S* x = nullptr;                                // [T, N, in]
+  const S* w = nullptr;                                // [T, P_l]
+  const S* dy = nullptr;                               // [T, N, out]
+  const S* tx = nullptr;                               // [T, N, in]
+  const S* tw = nullptr;                               // [T, P_l]
+  const S* tdy = nullptr;                              // [T, N, out]
+  S* y = nullptr;                                      // [T, N, out]
+  S* dx = nullptr;                                     // [T, N, in]; tangent_backward may read it
+  S* dw = nullptr;                                     // [T, P_l]
+  S* ty = nullptr;                                     // [T, N, out]
+  S* tdx = nullptr;                                    // [T, N, in]
+  S* tdw = nullptr;                                    // [T, P_l]
+  S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
+};
+
+// Elements a layer saves per task, and elements of scratch a pass may use.
+index_t saved_count(const LayerDesc& desc, index_t samples);
+index_t scratch_count(const LayerDesc& desc, index_t samples);
+
+enum class LossKind : int { squared_error, cross_entropy, gaussian_policy, count };
+
+template <class S>
+struct LossArgs {
+  index_t samples = 0, outputs = 0;
+  S scale = 1;
+  const S* z = nullptr;          // [N, outputs]
+  const void* target = nullptr;  // [N, .] of S, or [N] int64 labels
+  const S* tz = nullptr;         // [N, outputs]
+  S* dz = nullptr;               // [N, outputs]
+  S* tdz = nullptr;              // [N, outputs] the loss Hessian times tz
+  double* value = nullptr;
+  double* accuracy = nullptr;  // cross-entropy only, else NaN
+};
+
+}  // namespace fm

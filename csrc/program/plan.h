@@ -1,0 +1,49 @@
+// The memory of a call, worked out before it runs: C++ allocates none for data.
+//
+// A tape is what one pass over a network leaves behind for the next: outputs y, adjoints dx and
+// what layers save. A tangent is the same for a direction. Offsets are in elements, every region
+// starts on a cache line.
+#pragma once
+
+#include <vector>
+
+#include "program/program.h"
+
+namespace fm {
+
+// Hands out regions of a workspace one after the other.
+class Arena {
+ public:
+  index_t take(index_t elements) {
+    const index_t offset = size_;
+    size_ = align_up(size_ + elements, kAlignment / index_t(sizeof(float)));
+    return offset;
+  }
+  index_t size() const { return size_; }
+
+ private:
+  index_t size_ = 0;
+};
+
+struct TapePlan {
+  index_t samples = 0;
+  std::vector<index_t> y, dx, saved;  // per layer; dx of a layer is the adjoint of its input
+  index_t dz = 0;                     // adjoint of the output
+  index_t size = 0;
+};
+
+// `lean` tapes are not read after the backward pass: adjoints take turns in two regions.
+TapePlan plan_tape(const Program& program, index_t samples, bool lean);
+
+struct TangentPlan {
+  std::vector<index_t> ty;
+  index_t tdx[2] = {0, 0}, tdz = 0;
+  index_t size = 0;
+};
+
+TangentPlan plan_tangent(const Program& program, index_t samples);
+
+// Elements of scratch that the layers of a program ask for.
+index_t plan_scratch(const Program& program, index_t samples);
+
+}  // namespace fm
