@@ -24,7 +24,8 @@ typedef Int UnalignedInt
 
 constexpr index_t kLanes = FM_VECTOR_BYTES / sizeof(S);
 
-FM_INLINE V splat(S value) { return V{} + value; }
+// x - 0 is x, also for -0 and NaN, and compiles to a broadcast; 0 + x would not.
+FM_INLINE V splat(S value) { return value - V{}; }
 FM_INLINE V load(const S* p) { return *reinterpret_cast<const Unaligned*>(p); }
 FM_INLINE void store(S* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
