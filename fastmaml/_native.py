@@ -117,6 +117,11 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int])
     return tensor.data_ptr()
 
 
+def own_address(tensor: Tensor) -> int:
+    """As `address`, for a tensor that the caller has just made to measure."""
+    return tensor.data_ptr()
+
+
 def images_address(name: str, images: Tensor, dtype: torch.dtype) -> int:
     """As `address`, for images [..., C, H, W] that lie channels last in memory."""
     last = images.movedim(-3, -1)

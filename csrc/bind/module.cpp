@@ -98,12 +98,12 @@ Rates<S> rates(const Program& program, const RatesTuple& t) {
 
 using WorkspacePair = std::pair<Address, index_t>;  // address, bytes
 
-template <class S, class Call>
-CallPlan execute(const Call& call, CallPlan (*plan_of)(const Call&),
-                 void (*run)(const Call&, void*), const WorkspacePair& workspace) {
+template <class Call, class Run>
+CallPlan execute(const Call& call, CallPlan (*plan_of)(const Call&), Run&& run,
+                 const WorkspacePair& workspace) {
   py::gil_scoped_release release;
-  const CallPlan plan = plan_of(call);
-  if (plan.bytes <= workspace.second) run(call, at<void>(workspace.first));
+  CallPlan plan = plan_of(call);
+  if (plan.bytes <= workspace.second) run(at<void>(workspace.first), plan);
   return plan;
 }
 
@@ -132,7 +132,9 @@ CallPlan call_meta_gradient(const Program& program, index_t tasks, index_t steps
   call.rate_gradient = at<S>(rate_gradient);
   call.query_loss = at<double>(query_loss);
   call.query_accuracy = at<double>(query_accuracy);
-  return execute<S>(call, plan_meta_gradient<S>, meta_gradient<S>, workspace);
+  return execute(
+      call, plan_meta_gradient<S>,
+      [&](void* memory, CallPlan& plan) { plan.loss = meta_gradient(call, memory); }, workspace);
 }
 
 template <class S>
@@ -152,7 +154,8 @@ CallPlan call_adapt(const Program& program, index_t tasks, index_t steps, const 
   if (!adapted.empty()) call.adapted = tensors<S>(program, adapted, true);
   call.query_loss = at<double>(query_loss);
   call.query_accuracy = at<double>(query_accuracy);
-  return execute<S>(call, plan_adapt<S>, adapt<S>, workspace);
+  return execute(
+      call, plan_adapt<S>, [&](void* memory, CallPlan&) { adapt(call, memory); }, workspace);
 }
 
 template <class S>
@@ -171,7 +174,8 @@ CallPlan call_product(const Program& program, int product_kind, index_t tasks,
   call.output = at<S>(output);
   call.loss = at<double>(loss);
   if (!result.empty()) call.result = tensors<S>(program, result, true);
-  return execute<S>(call, plan_product<S>, product<S>, workspace);
+  return execute(
+      call, plan_product<S>, [&](void* memory, CallPlan&) { product(call, memory); }, workspace);
 }
 
 py::dict build_info() {
@@ -216,7 +220,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("slot_bytes", &CallPlan::slot_bytes)
       .def_readonly("shared_bytes", &CallPlan::shared_bytes)
       .def_readonly("tape_bytes", &CallPlan::tape_bytes)
-      .def_readonly("kept", &CallPlan::kept);
+      .def_readonly("kept", &CallPlan::kept)
+      .def_readonly("loss", &CallPlan::loss);
   define_calls<float>(m, "float32");
   define_calls<double>(m, "float64");
   m.def("build_info", &build_info);

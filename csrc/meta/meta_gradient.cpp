@@ -250,17 +250,24 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   return result;
 }
 
+// Returns the weighted query loss, mean over tasks.
 template <class S>
-void meta_gradient(const MetaCall<S>& call, void* workspace) {
+double meta_gradient(const MetaCall<S>& call, void* workspace) {
   check_labels(*call.program, call.support, call.tasks, "support_y");
   check_labels(*call.program, call.query, call.tasks, "query_y");
   const MetaPlan plan = make_plan(call);
   MetaGradient<S>(call, plan, static_cast<S*>(workspace)).run();
+  double loss = 0;
+  for (index_t i = 0; i < call.tasks * (call.steps + 1); ++i) {
+    const double weight = call.loss_weights[i % (call.steps + 1)];
+    if (weight != 0) loss += weight * call.query_loss[i];
+  }
+  return loss / double(call.tasks);
 }
 
 template CallPlan plan_meta_gradient(const MetaCall<float>&);
 template CallPlan plan_meta_gradient(const MetaCall<double>&);
-template void meta_gradient(const MetaCall<float>&, void*);
-template void meta_gradient(const MetaCall<double>&, void*);
+template double meta_gradient(const MetaCall<float>&, void*);
+template double meta_gradient(const MetaCall<double>&, void*);
 
 }  // namespace fm

@@ -98,12 +98,13 @@ struct CallPlan {
   index_t shared_bytes = 0;  // parameters, rates and per-task results
   index_t tape_bytes = 0;    // one support step's activations and adjoints
   bool kept = false;         // activations kept over the steps
+  double loss = 0;           // meta-gradient: sum_k w_k query loss, mean over tasks
 };
 
 template <class S>
 CallPlan plan_meta_gradient(const MetaCall<S>& call);
 template <class S>
-void meta_gradient(const MetaCall<S>& call, void* workspace);
+double meta_gradient(const MetaCall<S>& call, void* workspace);
 
 template <class S>
 CallPlan plan_adapt(const AdaptCall<S>& call);
