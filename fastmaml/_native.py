@@ -101,7 +101,8 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int])
     """
     if tensor.dtype != dtype:
         raise TypeError(
-            f"{name}: expected {dtype}, got {tensor.dtype}; convert it with .to({dtype})"
+            f"{name}: expected {dtype}, got {tensor.dtype}; "
+            f"convert it with .to({dtype})"
         )
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(

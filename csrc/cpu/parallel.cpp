@@ -24,6 +24,8 @@ namespace {
 
 // Workers look for new work this long before they sleep; waking a sleeper costs some 30 us.
 constexpr auto kSpin = std::chrono::microseconds(60);
+// The caller spins this often for the last part before it gives way to other threads.
+constexpr int kSpinTries = 2000;
 
 void relax() {
 #if defined(__SSE__)
@@ -88,7 +90,7 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_ = true;
-      generation_.fetch_add(1);
+      ticket_.fetch_add(std::uint64_t(1) << 32);
     }
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
@@ -96,8 +98,10 @@ class Pool {
 
   int size() const { return size_; }
 
-  // Parts are claimed from a counter. Every worker passes through every generation once, so the
-  // state of one generation is never seen by a straggler of the last.
+  // Parts are claimed from a ticket that holds the generation and how many are left, so a worker
+  // that comes late finds nothing to claim, and nobody waits for one that sleeps: the call is over
+  // when the last part is done. What a part reads is written before the ticket that offers it, and
+  // stays until the part is counted as done.
   void run(index_t parts, PartBody body, void* state) {
     if (size_ == 1 || parts <= 1) {
       for (index_t part = 0; part < parts; ++part) body(state, 0, part);
@@ -106,16 +110,16 @@ class Pool {
     body_ = body;
     state_ = state;
     parts_ = parts;
-    next_.store(0, std::memory_order_relaxed);
-    running_.store(size_ - 1, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    const std::uint32_t generation = generation_of(ticket_.load(std::memory_order_relaxed)) + 1;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+      ticket_.store(std::uint64_t(generation) << 32 | std::uint64_t(parts));
     }
     if (sleepers_.load() > 0) wake_.notify_all();
-    claim(0);
-    for (int tries = 0; running_.load(std::memory_order_acquire) > 0; ++tries) {
-      if (tries < 20000) {
+    claim(0, generation);
+    for (int tries = 0; done_.load(std::memory_order_acquire) < parts; ++tries) {
+      if (tries < kSpinTries) {
         relax();
       } else {
         std::this_thread::yield();
@@ -124,47 +128,52 @@ class Pool {
   }
 
  private:
-  void claim(int thread) {
+  static std::uint32_t generation_of(std::uint64_t ticket) { return std::uint32_t(ticket >> 32); }
+
+  void claim(int thread, std::uint32_t generation) {
+    std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
-      const index_t part = next_.fetch_add(1, std::memory_order_relaxed);
-      if (part >= parts_) return;
-      body_(state_, thread, part);
+      const index_t left = index_t(ticket & 0xffffffffu);
+      if (generation_of(ticket) != generation || left == 0) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+      body_(state_, thread, parts_ - left);
+      done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_.load(std::memory_order_acquire);
     }
   }
 
   void work(int thread) {
     FlushDenormals flush;
-    unsigned long seen = 0;
+    std::uint32_t seen = 0;
     for (;;) {
       seen = wait_for_work(seen);
       if (stop_) return;
-      claim(thread);
-      running_.fetch_sub(1, std::memory_order_release);
+      claim(thread, seen);
     }
   }
 
-  unsigned long wait_for_work(unsigned long seen) {
+  std::uint32_t wait_for_work(std::uint32_t seen) {
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0;; ++i) {
-      const unsigned long now = generation_.load(std::memory_order_acquire);
+      const std::uint32_t now = generation_of(ticket_.load(std::memory_order_acquire));
       if (now != seen) return now;
       relax();
       if (i % 64 == 63 && std::chrono::steady_clock::now() - start > kSpin) break;
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+    wake_.wait(lock, [&] { return generation_of(ticket_.load()) != seen; });
     sleepers_.fetch_sub(1);
-    return generation_.load(std::memory_order_acquire);
+    return generation_of(ticket_.load(std::memory_order_acquire));
   }
 
   const int size_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<unsigned long> generation_{0};
-  std::atomic<int> sleepers_{0}, running_{0};
-  std::atomic<index_t> next_{0};
+  std::atomic<std::uint64_t> ticket_{0};  // generation in the upper half, parts left in the lower
+  std::atomic<int> sleepers_{0};
+  std::atomic<index_t> done_{0};
   std::atomic<bool> stop_{false};
   PartBody body_ = nullptr;
   void* state_ = nullptr;
