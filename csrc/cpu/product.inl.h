@@ -105,25 +105,30 @@ struct GradientTile {
   const index_t* src;  // [rows] offsets of the pixels' runs
   const index_t* dst;  // [rows]
   index_t rows, input, column, tail, outputs;
+  bool fresh;  // start from zero instead of from dw
 };
 
 // Adds the tile's products to dw [M, outputs], already offset to the tile.
 template <int M, int N, bool Partial>
-void gradient_tile(const Operand& operand, const GradientTile& at, S* dw) {
-  V acc[M][N];
+void gradient_tile(const Operands& operands, const GradientTile& at, S* dw) {
+  V acc[M][N] = {};
+  if (!at.fresh) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) load_row<N, Partial>(acc[m], dw + m * at.outputs, at.tail);
-  const S* src = operand.src + at.input;
-  const S* dst = operand.other + at.column;
-  for (index_t r = 0; r < at.rows; ++r) {
-    const S* x = src + at.src[r];
-    V row[N];
-    load_row<N, Partial>(row, dst + at.dst[r], at.tail);
+    for (int m = 0; m < M; ++m) load_row<N, Partial>(acc[m], dw + m * at.outputs, at.tail);
+  }
+  for (int pair = 0; pair < operands.count; ++pair) {
+    const S* src = operands.pair[pair].src + at.input;
+    const S* dst = operands.pair[pair].other + at.column;
+    for (index_t r = 0; r < at.rows; ++r) {
+      const S* x = src + at.src[r];
+      V row[N];
+      load_row<N, Partial>(row, dst + at.dst[r], at.tail);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const V value = splat(x[m]);
+      for (int m = 0; m < M; ++m) {
+        const V value = splat(x[m]);
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) acc[m][n] += value * row[n];
+        for (int n = 0; n < N; ++n) acc[m][n] += value * row[n];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -131,7 +136,7 @@ void gradient_tile(const Operand& operand, const GradientTile& at, S* dw) {
 }
 
 using GatherTile = void (*)(const GatherProduct&, const TileAddress&);
-using GradientTileFn = void (*)(const Operand&, const GradientTile&, S*);
+using GradientTileFn = void (*)(const Operands&, const GradientTile&, S*);
 
 template <class Fn>
 struct TileTable {
@@ -250,18 +255,25 @@ inline void gradient_of_chunk(const WeightGradient& g, const PixelGroup& group, 
         tile.column = block.column;
         tile.tail = block.tail;
         const auto fn = kGradientTiles[block.vectors - 1][block.partial].rows[count - 1];
-        for (int pair = 0; pair < g.operands.count; ++pair) {
-          fn(g.operands.pair[pair], tile, g.dw + i * g.outputs + block.column);
-        }
+        fn(g.operands, tile, g.dw + i * g.outputs + block.column);
       }
     }
   }
 }
 
+// A lone group whose runs reach every weight: its first chunk writes all of dw.
+inline bool covers_all(const WeightGradient& g) {
+  index_t reached = 0;
+  if (g.table->groups.size() != 1) return false;
+  for (const TapRun& run : g.table->groups[0].runs) reached += run.length;
+  return reached == g.inputs;
+}
+
 inline void weight_gradient(const WeightGradient& g, index_t channels, const Exec& exec) {
   const index_t step = chunk_rows(channels, g.outputs);
+  const bool fresh = covers_all(g);
   parallel(exec, g.inputs, kTileRows, [&](index_t begin, index_t end) {
-    std::memset(g.dw + begin * g.outputs, 0, (end - begin) * g.outputs * sizeof(S));
+    if (!fresh) std::memset(g.dw + begin * g.outputs, 0, (end - begin) * g.outputs * sizeof(S));
     index_t src[kMaxChunk], dst[kMaxChunk];
     for (const PixelGroup& group : g.table->groups) {
       if (group.runs.empty()) continue;
@@ -269,7 +281,8 @@ inline void weight_gradient(const WeightGradient& g, index_t channels, const Exe
       for (index_t first = 0; first < pixels; first += step) {
         const index_t rows = min_of(step, pixels - first);
         pixel_offsets(*g.table, group, first, rows, src, dst);
-        gradient_of_chunk(g, group, {src, dst, rows, 0, 0, 0, g.outputs}, begin, end);
+        const GradientTile tile{src, dst, rows, 0, 0, 0, g.outputs, fresh && first == 0};
+        gradient_of_chunk(g, group, tile, begin, end);
       }
     }
   });
