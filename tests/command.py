@@ -1,0 +1,61 @@
+"""Running the command line as a user does, in its own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TINY = {
+    "sinusoid": ["--test-tasks", "20", "--validation-tasks", "10", "--no-tensorboard"],
+    "glyphs": [
+        *("--test-tasks", "6", "--validation-tasks", "4", "--no-tensorboard"),
+        *("--characters", "60", "--channels", "4", "--meta-batch", "2"),
+    ],
+}
+
+
+def environment() -> dict[str, str]:
+    """One thread, no window, and the package this process uses."""
+    return os.environ | {
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def arguments(*words: object) -> list[str]:
+    """The words of a process that runs ``fastmaml`` with these."""
+    return [sys.executable, "-m", "fastmaml", *map(str, words)]
+
+
+def fastmaml(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(
+        arguments(*words),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
+    """Starts a command and returns at once."""
+    return subprocess.Popen(
+        arguments(*words),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(experiment: str, out: Path, *words: object) -> list[Any]:
+    """The words of a tiny run."""
+    return ["train", experiment, "--out", out, *TINY[experiment], *words]
