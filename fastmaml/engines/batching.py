@@ -29,14 +29,6 @@ _EXPLANATIONS = {
         "the model or the loss draws random numbers, so the inner loop has no gradient "
         "of its own. Make the forward pass deterministic (p=0 or model.eval())"
     ),
-    "randomness": (
-        "the model or the loss draws random numbers, so the inner loop has no gradient "
-        "of its own. Make the forward pass deterministic (p=0 or model.eval())"
-    ),
-    "in-place": (
-        "the model or the loss writes in place into a tensor all tasks share, such as "
-        "a buffer. Buffers are read-only inside an inner loop: write out of place"
-    ),
     "inplace": (
         "the model or the loss writes in place into a tensor all tasks share, such as "
         "a buffer. Buffers are read-only inside an inner loop: write out of place"

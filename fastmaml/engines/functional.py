@@ -117,6 +117,7 @@ class FunctionalEngine:
                 for k in range(steps):
                     theta = self._inner_step(theta, rates, k, part)
                 parts.append(self._per_task(theta, len(part)))
+        # cat copies, so that what is returned aliases no parameter of the model
         return {n: torch.cat([part[n] for part in parts]) for n in self._shapes}
 
     @torch.no_grad()
@@ -349,10 +350,10 @@ class FunctionalEngine:
         }
 
     def _per_task(self, theta: Named, tasks: int) -> Named:
-        """Parameters as tensors of their own, [T, ...]."""
+        """Every parameter as [T, ...]; shared ones are views."""
         shared = self._axes(theta)
         return {
-            n: p.expand(tasks, *p.shape).clone() if shared[n] is None else p.clone()
+            n: p.expand(tasks, *p.shape) if shared[n] is None else p
             for n, p in theta.items()
         }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmaml import _native
 from fastmaml.compile import LoweredProgram
 from fastmaml.engines.base import MetaGradient, Params, Rates, StepMetrics
-from fastmaml.engines.layout import present, step_weights
+from fastmaml.engines.layout import step_weights
 from fastmaml.engines.native_arguments import (
     DTYPES,
     NO_SAMPLES,
@@ -26,7 +26,7 @@ from fastmaml.engines.native_arguments import (
     Samples,
     sample_arguments,
 )
-from fastmaml.losses import resolve_loss
+from fastmaml.losses import accuracy, resolve_loss
 from fastmaml.tasks.batch import TaskBatch
 
 unavailable = _native.unavailable
@@ -334,8 +334,8 @@ class NativeEngine:
                 )
             rows.append(self._score(self._inductive_outputs(theta, tasks), tasks))
         loss = torch.stack([loss for loss, _ in rows], 1)
-        accuracy = torch.stack([score for _, score in rows], 1)
-        return StepMetrics(loss, accuracy if self._classes else None)
+        scores = torch.stack([score for _, score in rows], 1)
+        return StepMetrics(loss, scores if self._classes else None)
 
     def _inductive_outputs(self, theta: Params, tasks: TaskBatch) -> Tensor:
         """Outputs [T, Q, ...], each query passing alone beside the support samples."""
@@ -353,5 +353,4 @@ class NativeEngine:
         losses = torch.stack([loss.function(*pair) for pair in pairs])
         if not self._classes:
             return losses, torch.zeros_like(losses)
-        accuracy = present(loss.accuracy)
         return losses, torch.stack([accuracy(*pair) for pair in pairs])
