@@ -1,0 +1,369 @@
+"""What all experiments share: settings, building the parts, a run from end to end."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from fastmaml.learners import MAML
+from fastmaml.tasks.batch import TaskBatch
+from fastmaml.tasks.sampler import TaskSampler, check_count
+from fastmaml.train.checkpoint import (
+    LAST,
+    load_checkpoint,
+    seed_everything,
+    write_text_atomically,
+)
+from fastmaml.train.logging import clock
+from fastmaml.train.loop import DivergenceError, FitResult, fit
+from fastmaml.train.watch import set_threads
+
+SETTINGS = "settings.json"
+Preset = Literal["paper", "code"]
+Subset = Literal["train", "val", "test"]
+E = TypeVar("E", bound="Experiment")
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints it as one line."""
+
+
+@dataclass(frozen=True)
+class Experiment(abc.ABC):
+    """Settings every experiment has; the subclasses add theirs and build the parts."""
+
+    preset: Preset = "paper"
+    """settings of the paper, or of its reference code where the two differ"""
+    iterations: int = 60_000
+    """meta-steps"""
+    meta_batch: int = 32
+    """tasks in a meta-step"""
+    inner_lr: float = 0.4
+    """learning rate of the inner loop"""
+    inner_steps: int = 1
+    """inner steps in training"""
+    test_steps: int = 3
+    """inner steps in validation and test"""
+    first_order: bool = False
+    """leave the second derivatives out (FOMAML)"""
+    learn_rates: bool = False
+    """train the inner learning rates too"""
+    rates: Literal["scalar", "per_tensor", "per_parameter"] = "scalar"
+    """how many inner learning rates there are"""
+    meta_lr: float = 1e-3
+    """learning rate of Adam, the outer optimizer"""
+    clip_gradient: float | None = None
+    """hold each element of the meta-gradient within this, plus or minus"""
+    engine: Literal["auto", "native", "functional"] = "auto"
+    """what computes the meta-gradient"""
+    device: str = "cpu"
+    """where to train: cpu, cuda, cuda:1"""
+    threads: int | None = None
+    """CPU threads; all cores unless told"""
+    seed: int = 0
+    """seed of the parameters and of the training tasks"""
+    validate_every: int = 1000
+    """meta-steps between validations"""
+    validation_tasks: int = 200
+    """fixed tasks to validate on"""
+    test_tasks: int = 600
+    """tasks of the evaluation that ends a run; 0 leaves it out"""
+    checkpoint_every: int = 1000
+    """meta-steps between checkpoints"""
+    log_every: int = 100
+    """meta-steps a row of metrics is the mean of"""
+    out: str | None = None
+    """folder of the run; runs/NAME-DATE-TIME unless told"""
+    resume: str | None = None
+    """folder of a run to go on with, its settings included"""
+    tensorboard: bool = True
+    """write TensorBoard files, where it is installed"""
+    progress: bool = True
+    """show a progress bar, or lines where there is no terminal"""
+    plots: bool = True
+    """write PNGs at the end"""
+
+    name: ClassVar[str]
+    selectors: ClassVar[dict[str, type]] = {}
+    """settings, besides preset, that others of a preset depend on"""
+    evaluation_chunk: ClassVar[int] = 100
+    """tasks evaluated together"""
+    published: ClassVar[str] = "Finn et al. 2017"
+
+    @classmethod
+    @abc.abstractmethod
+    def from_preset(cls: type[E], preset: Preset, **selected: Any) -> E:
+        """Settings of a preset, for the values of the selectors."""
+
+    @abc.abstractmethod
+    def make_model(self) -> nn.Module:
+        """The network, freshly initialised by torch's global generator."""
+
+    @abc.abstractmethod
+    def make_tasks(
+        self,
+        subset: Subset = "train",
+        *,
+        shots: int | None = None,
+        queries: int | None = None,
+        seed: int = 0,
+    ) -> TaskSampler:
+        """Tasks of a subset; shots and queries as in the settings unless told."""
+
+    @abc.abstractmethod
+    def make_learner(self, model: nn.Module) -> MAML:
+        """The learner of this experiment around ``model``."""
+
+    def learner_options(self) -> dict[str, Any]:
+        """Arguments of the learner that every experiment sets the same way."""
+        return {
+            "inner_lr": self.inner_lr,
+            "inner_steps": self.inner_steps,
+            "first_order": self.first_order,
+            "rates": self.rates,
+            "learn_rates": self.learn_rates,
+            "engine": self.engine,
+        }
+
+    def validation(self) -> TaskBatch:
+        """The fixed tasks of the validation."""
+        return self.make_tasks("val").fixed(self.validation_tasks)
+
+    def check(self) -> None:
+        """Refuses counts that make no sense, before a run begins.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for name in ("iterations", "validation_tasks", "test_tasks"):
+            check_count(name, getattr(self, name), least=0)
+        for name in ("meta_batch", "validate_every", "checkpoint_every", "log_every"):
+            check_count(name, getattr(self, name))
+
+    def build(self) -> MAML:
+        """Seeds all generators, makes the model and its learner on the device."""
+        set_threads(self.threads)
+        seed_everything(self.seed)
+        return self.make_learner(self.make_model().to(self.device))
+
+
+LOCKED_OUT = {"iterations", "threads", "data", "download", "checkpoint_every", "out"}
+LOCKED_OUT |= {"resume", "tensorboard", "progress", "plots", "test_tasks"}
+"""Settings that may change on resuming; the rest would change the run's bits."""
+
+
+def save_settings(experiment: Experiment, run_dir: Path) -> None:
+    """Writes ``settings.json``, from which a run is resumed and evaluated."""
+    import fastmaml
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(experiment) | {"out": str(run_dir), "resume": None}
+    record = {
+        "experiment": experiment.name,
+        "settings": settings,
+        "fastmaml": getattr(fastmaml, "__version__", "unknown"),
+        "torch": torch.__version__,
+    }
+    write_text_atomically(run_dir / SETTINGS, json.dumps(record, indent=2) + "\n")
+
+
+def load_experiment(run_dir: str | Path) -> Experiment:
+    """Reads the settings of a run.
+
+    Raises:
+        UserError: there is no run in this folder, or its settings can't be read.
+    """
+    from fastmaml.recipes import recipe
+
+    path = Path(run_dir) / SETTINGS
+    if not path.is_file():
+        raise UserError(f"no run in {run_dir}: it has no {SETTINGS}")
+    try:
+        record = json.loads(path.read_text())
+        kind, stored = recipe(record["experiment"]), record["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be read as settings: {error}") from error
+    unknown = set(stored) - {f.name for f in dataclasses.fields(kind)}
+    if unknown:
+        raise UserError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
+    }
+    return kind(**values)
+
+
+def load_run(
+    run_dir: str | Path, checkpoint: str = "best"
+) -> tuple[Experiment, MAML, Path, int]:
+    """Rebuilds the learner of a run.
+
+    Args:
+        run_dir: the run's folder.
+        checkpoint: ``best`` or ``last``; ``best`` falls back to ``last`` in runs that
+            never validated.
+
+    Returns:
+        Settings, learner, the checkpoint's path, and its iteration.
+
+    Raises:
+        UserError: there is no run, or no checkpoint that can be read.
+    """
+    experiment = load_experiment(run_dir)
+    path = Path(run_dir) / f"{checkpoint}.pt"
+    if checkpoint == "best" and not path.is_file():
+        path = Path(run_dir) / LAST
+    with user_errors():
+        state = load_checkpoint(path, experiment.device)
+        learner = experiment.build()
+        learner.load_state_dict(state.learner)
+    return experiment, learner, path, state.iteration
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns errors of values, paths and missing packages into :class:`UserError`."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
+
+
+def adam(parameters: Any, lr: float) -> torch.optim.Adam:
+    """Adam in its fastest form that works for these parameters."""
+    parameters = list(parameters)
+    try:
+        return torch.optim.Adam(parameters, lr, fused=True)
+    except RuntimeError:
+        return torch.optim.Adam(parameters, lr, foreach=True)
+
+
+def train(experiment: Experiment) -> int:
+    """Runs an experiment from end to end: train, evaluate, plot.
+
+    Returns:
+        The exit code of the command: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: a setting, path or package is at fault, or training diverged.
+    """
+    from fastmaml.recipes.evaluation import Evaluate, evaluate
+
+    run_dir = _run_dir(experiment)
+    with user_errors():
+        experiment.check()
+        learner = experiment.build()
+        tasks = experiment.make_tasks("train", seed=experiment.seed)
+        validation = experiment.validation() if experiment.validation_tasks else None
+        optimizer = adam(learner.parameters(), experiment.meta_lr)
+        save_settings(experiment, run_dir)
+    _announce(experiment, learner, run_dir)
+    result = _fit(experiment, learner, tasks, optimizer, validation, run_dir)
+    if result.interrupted:
+        print(
+            f"stopped after iteration {result.iteration:,}; saved {run_dir / LAST}\n"
+            f"resume with: fastmaml train {experiment.name} --resume {run_dir}"
+        )
+        return 130
+    print(f"trained {result.iteration:,} meta-steps in {clock(result.seconds)}")
+    if experiment.test_tasks:
+        evaluate(Evaluate(run=str(run_dir), tasks=experiment.test_tasks))
+    if experiment.plots:
+        from fastmaml.plot import plot_run
+
+        for path in plot_run(run_dir):
+            print(f"wrote {path}")
+    return 0
+
+
+def _fit(
+    experiment: Experiment,
+    learner: MAML,
+    tasks: TaskSampler,
+    optimizer: torch.optim.Optimizer,
+    validation: TaskBatch | None,
+    run_dir: Path,
+) -> FitResult:
+    try:
+        return fit(
+            learner,
+            tasks,
+            optimizer,
+            iterations=experiment.iterations,
+            meta_batch=experiment.meta_batch,
+            validation=validation,
+            validate_every=experiment.validate_every,
+            validation_steps=experiment.test_steps,
+            validation_chunk=experiment.evaluation_chunk,
+            run_dir=run_dir,
+            checkpoint_every=experiment.checkpoint_every,
+            log_every=experiment.log_every,
+            clip_gradient=experiment.clip_gradient,
+            resume=experiment.resume is not None,
+            progress=experiment.progress,
+            tensorboard=None if experiment.tensorboard else False,
+            settings=experiment,
+        )
+    except (DivergenceError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _run_dir(experiment: Experiment) -> Path:
+    if experiment.resume is not None:
+        _check_resumed(experiment)
+        return Path(experiment.resume)
+    if experiment.out is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{experiment.name}-{stamp}"
+    path = Path(experiment.out)
+    if (path / SETTINGS).exists():
+        raise UserError(
+            f"--out {path} already holds a run: go on with it by --resume {path}, or "
+            "choose another folder"
+        )
+    return path
+
+
+def _check_resumed(experiment: Experiment) -> None:
+    before = load_experiment(str(experiment.resume))
+    if before.name != experiment.name:
+        raise UserError(
+            f"--resume {experiment.resume} is a run of {before.name}, not "
+            f"{experiment.name}: fastmaml train {before.name} --resume ..."
+        )
+    for field in dataclasses.fields(experiment):
+        was, now = getattr(before, field.name), getattr(experiment, field.name)
+        if was != now and field.name not in LOCKED_OUT:
+            option = field.name.replace("_", "-")
+            raise UserError(
+                f"--{option} was {was} in {experiment.resume} and can't become {now}: "
+                "a resumed run goes on as it began; start another run instead"
+            )
+
+
+def _announce(experiment: Experiment, learner: MAML, run_dir: Path) -> None:
+    hidden = {"out", "resume", "preset", "progress", "plots", "tensorboard"}
+    shown = [
+        f"{f.name} {getattr(experiment, f.name)}"
+        for f in dataclasses.fields(experiment)
+        if f.name not in hidden and getattr(experiment, f.name) is not None
+    ]
+    lines, line = [], ""
+    for item in shown:
+        if len(line) + len(item) > 86:
+            lines.append(line)
+            line = ""
+        line += ("  " if not line else ", ") + item
+    print(f"fastmaml train {experiment.name}, preset {experiment.preset}")
+    print("\n".join([*lines, line]))
+    print(learner.report)
+    print(f"run: {run_dir}", flush=True)
