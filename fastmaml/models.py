@@ -96,19 +96,23 @@ def sinusoid_mlp(
     return model
 
 
-def omniglot_conv(ways: int, channels: int = 64, in_channels: int = 1) -> nn.Sequential:
+def omniglot_conv(
+    ways: int, channels: int = 64, in_channels: int = 1, head_std: float = 1.0
+) -> nn.Sequential:
     """The convolutional network of Omniglot.
 
     Four times 3 x 3 convolution of stride 2, batch normalisation, ReLU; then the mean
     over space and a linear head. Images of 28 x 28 shrink to 14, 7, 4, 2.
 
-    Convolutions start from Glorot's uniform, the head's weights from N(0, 1), biases
-    from zero, as in the paper's code.
+    Convolutions start from Glorot's uniform, the head's weights from a normal of
+    standard deviation ``head_std``, biases from zero. The paper's code has 1; from 0.1
+    the first thousand iterations learn several times faster.
 
     Args:
         ways: classes of a task.
         channels: channels of every convolution.
         in_channels: channels of an image.
+        head_std: of the head's weights at the start.
 
     Source:
         Section 5.2. The code pads as TensorFlow's "same", which for stride 2 and even
@@ -119,7 +123,7 @@ def omniglot_conv(ways: int, channels: int = 64, in_channels: int = 1) -> nn.Seq
     for before in (in_channels, channels, channels, channels):
         layers += _conv_block(before, channels, stride=2)
     head = nn.Linear(channels, ways)
-    nn.init.normal_(head.weight)
+    nn.init.normal_(head.weight, std=head_std)
     nn.init.zeros_(head.bias)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from fastmaml.learners import MAML
 from fastmaml.tasks.batch import TaskBatch
@@ -62,6 +63,8 @@ class Experiment(abc.ABC):
     """how many inner learning rates there are"""
     meta_lr: float = 1e-3
     """learning rate of Adam, the outer optimizer"""
+    meta_lr_decay: Literal["none", "cosine"] = "none"
+    """lower that rate over the iterations: not at all, or to zero along a cosine"""
     clip_gradient: float | None = None
     """hold each element of the meta-gradient within this, plus or minus"""
     engine: Literal["auto", "native", "functional"] = "auto"
@@ -285,6 +288,14 @@ def train(experiment: Experiment) -> int:
     return 0
 
 
+def _schedule(
+    experiment: Experiment, optimizer: torch.optim.Optimizer
+) -> LRScheduler | None:
+    if experiment.meta_lr_decay == "none":
+        return None
+    return CosineAnnealingLR(optimizer, max(1, experiment.iterations))
+
+
 def _fit(
     experiment: Experiment,
     learner: MAML,
@@ -308,6 +319,7 @@ def _fit(
             checkpoint_every=experiment.checkpoint_every,
             log_every=experiment.log_every,
             clip_gradient=experiment.clip_gradient,
+            schedule=_schedule(experiment, optimizer),
             resume=experiment.resume is not None,
             progress=experiment.progress,
             tensorboard=None if experiment.tensorboard else False,
@@ -340,9 +352,12 @@ def _check_resumed(experiment: Experiment) -> None:
             f"--resume {experiment.resume} is a run of {before.name}, not "
             f"{experiment.name}: fastmaml train {before.name} --resume ..."
         )
+    free = LOCKED_OUT
+    if before.meta_lr_decay != "none":
+        free = LOCKED_OUT - {"iterations"}  # the rate's course depends on them
     for field in dataclasses.fields(experiment):
         was, now = getattr(before, field.name), getattr(experiment, field.name)
-        if was != now and field.name not in LOCKED_OUT:
+        if was != now and field.name not in free:
             option = field.name.replace("_", "-")
             raise UserError(
                 f"--{option} was {was} in {experiment.resume} and can't become {now}: "

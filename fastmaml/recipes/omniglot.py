@@ -41,6 +41,8 @@ class Omniglot(ImageExperiment):
     """four convolutions, or four fully connected layers"""
     channels: int = 64
     """filters of each convolution"""
+    head_std: float = 1.0
+    """standard deviation of the convolutional network's last weights at the start"""
 
     name: ClassVar[str] = "omniglot"
     selectors: ClassVar[dict[str, type]] = {"ways": int, "shots": int}
@@ -70,7 +72,9 @@ class Omniglot(ImageExperiment):
         """One of the paper's two networks."""
         if self.network == "fc":
             return models.omniglot_fc(self.ways)
-        return models.omniglot_conv(self.ways, channels=self.channels)
+        return models.omniglot_conv(
+            self.ways, channels=self.channels, head_std=self.head_std
+        )
 
     def rotations(self) -> tuple[int, ...]:
         """All four right angles, or none."""
