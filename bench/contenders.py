@@ -1,0 +1,171 @@
+"""Everything that takes part: fastmaml and its peers behind one interface.
+
+A contender computes one meta-gradient (loss and gradients of all parameters, averaged
+over tasks) or one meta-step (that, and Adam). Each gets its inputs in its own arrays
+before the clock runs. Adam is the same everywhere: torch's fused one, JAX's inside
+the jitted step. Its rate is tiny, so thousands of timed steps stay where they are and
+every contender works on the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench import peers, peers_jax
+from bench.workloads import Workload
+from fastmaml import MAML
+from fastmaml.models import batch_norm_parameters
+from fastmaml.tasks.batch import TaskBatch
+
+OUTER_RATE = 1e-8
+OURS = "fastmaml"
+Engine = Literal["native", "functional"]
+LONG_COMPILES = ("omniglot-conv-5", "mini-imagenet")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of one workload.
+
+    Attributes:
+        name: as in the table.
+        prepare: turns a meta-batch into what the two functions below take.
+        meta_gradient: returns (loss, gradients), finished.
+        meta_step: changes the contender's own parameters, finished.
+        gradients: turns ``meta_gradient``'s second result into torch tensors.
+    """
+
+    name: str
+    prepare: Callable[[TaskBatch], Any]
+    meta_gradient: Callable[[Any], tuple[Any, Any]]
+    meta_step: Callable[[Any], object]
+    gradients: Callable[[Any], dict[str, Tensor]]
+
+
+def make_learner(workload: Workload, engine: Engine, model: nn.Module) -> MAML:
+    """Makes fastmaml's learner for a workload."""
+    kept = batch_norm_parameters(model)
+    return MAML(
+        model,
+        loss=workload.loss,
+        inner_lr=workload.inner_lr,
+        inner_steps=workload.steps,
+        adapted=lambda name: name not in kept,
+        engine=engine,
+    )
+
+
+def ours(workload: Workload, engine: Engine = "native") -> Contender:
+    """Makes fastmaml's contender.
+
+    Both functions go through the public learner: ``meta_loss(tasks).backward()`` is
+    what a user's loop calls, bookkeeping included.
+    """
+    model = workload.model()
+    learner = make_learner(workload, engine, model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=OUTER_RATE, fused=True)
+
+    def meta_gradient(tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
+        optimizer.zero_grad()
+        loss = learner.meta_loss(tasks)
+        loss.backward()
+        return loss, {n: p.grad for n, p in model.named_parameters()}
+
+    def meta_step(tasks: TaskBatch) -> None:
+        meta_gradient(tasks)
+        optimizer.step()
+
+    name = OURS if engine == "native" else f"{OURS} ({engine} engine)"
+    return Contender(name, lambda tasks: tasks, meta_gradient, meta_step, dict)
+
+
+def torch_peer(workload: Workload, name: str) -> Contender:
+    """Makes a contender of one of ``peers.PEERS``."""
+    model = workload.model()
+    function = peers.PEERS[name](peers.make_problem(workload, model))
+    named = dict(model.named_parameters())
+    detached = {n: p.detach() for n, p in named.items()}  # same memory, no graph
+    optimizer = torch.optim.Adam(model.parameters(), lr=OUTER_RATE, fused=True)
+
+    def meta_gradient(tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return function(detached, tasks)
+
+    def meta_step(tasks: TaskBatch) -> None:
+        _, gradients = function(detached, tasks)
+        for n, p in named.items():
+            p.grad = gradients[n]
+        optimizer.step()
+
+    return Contender(name, lambda tasks: tasks, meta_gradient, meta_step, dict)
+
+
+def jax_peer(workload: Workload, name: str) -> Contender:
+    """Makes a contender of one of ``peers_jax.PEERS``."""
+    import jax
+
+    model = workload.model()
+    function = peers_jax.PEERS[name](workload, model)
+    gradient, step = (
+        jax.jit(function),
+        jax.jit(peers_jax.adam_step(function, OUTER_RATE)),
+    )
+    params = peers_jax.to_params(model)
+    state = {"params": params, "adam": peers_jax.adam_state(params)}
+
+    def meta_gradient(tasks: Any) -> tuple[Any, Any]:
+        return jax.block_until_ready(gradient(params, tasks))
+
+    def meta_step(tasks: Any) -> None:
+        moved, adam, _ = jax.block_until_ready(
+            step(state["params"], state["adam"], tasks)
+        )
+        state.update(params=moved, adam=adam)
+
+    def gradients(tree: Any) -> dict[str, Tensor]:
+        return {n: torch.from_numpy(np.array(g)) for n, g in tree.items()}
+
+    return Contender(name, peers_jax.to_tasks, meta_gradient, meta_step, gradients)
+
+
+def names(engines: Sequence[Engine] = ("native",)) -> list[str]:
+    """Returns the names of all contenders, fastmaml's first."""
+    mine = [OURS if e == "native" else f"{OURS} ({e} engine)" for e in engines]
+    return [*mine, *peers.PEERS, *peers_jax.PEERS]
+
+
+def make(workload: Workload, name: str) -> Contender:
+    """Makes a contender by name.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name == OURS:
+        return ours(workload)
+    if name == f"{OURS} (functional engine)":
+        return ours(workload, "functional")
+    if name in peers.PEERS:
+        return torch_peer(workload, name)
+    if name in peers_jax.PEERS:
+        return jax_peer(workload, name)
+    raise ValueError(f"contender {name!r}: expected one of {names()}")
+
+
+def compiles(name: str) -> bool:
+    """Whether a contender's first call compiles for long enough to need a limit."""
+    return name == "vmap + torch.compile" or name in peers_jax.PEERS
+
+
+def reason_to_skip(workload: Workload, name: str, compile_all: bool) -> str | None:
+    """Returns why a contender sits a workload out, or ``None`` if it takes part."""
+    if name in peers_jax.PEERS:
+        return peers_jax.missing()
+    long = name == "vmap + torch.compile" and workload.name in LONG_COMPILES
+    if long and not compile_all:
+        return "compiles for minutes; measured with --compile-all"
+    return None

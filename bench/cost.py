@@ -1,0 +1,153 @@
+"""What a meta-gradient costs at least, and what the machine can do at most.
+
+Arithmetic counts matrix products and convolutions, 2 operations a multiply-add, with
+the padding's taps included; everything else in these networks is a percent of it.
+With F the multiply-adds of a forward pass over one sample and F1 those of its first
+layer:
+
+    gradient                 3F - F1    forward, dw, and dx of all layers but the first
+    Hessian-vector product   6F - 3F1   every product has two operands that carry
+                                        tangents; inputs carry none, so the first
+                                        layer has one product less in the tangent of
+                                        the forward pass and no tdx
+    meta-gradient            T (K S (gradient + product) + Q gradient)
+
+The gradient of step k is counted once: the product reuses its activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import time_call
+from bench.workloads import Workload
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Multiply-adds of one sample's forward pass.
+
+    Attributes:
+        total: F, all layers.
+        first: F1, the first layer.
+    """
+
+    total: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least a meta-gradient takes, in float32.
+
+    Attributes:
+        flops: operations, a multiply-add counting two.
+        data_bytes: support and query samples with their targets.
+        parameter_bytes: one copy of the parameters.
+        copies_bytes: a copy for each of T tasks and K inner steps.
+    """
+
+    flops: int
+    data_bytes: int
+    parameter_bytes: int
+    copies_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic: data and parameters read once, the gradient written."""
+        return self.data_bytes + 2 * self.parameter_bytes
+
+
+@contextmanager
+def _observed(model: nn.Module, counts: list[int]) -> Iterator[None]:
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            counts.append(output[0].numel() * module.in_features)
+        elif isinstance(module, nn.Conv2d):
+            taps = math.prod(module.kernel_size) * module.in_channels
+            counts.append(output[0].numel() * taps // module.groups)
+
+    handles = [m.register_forward_hook(count) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward_cost(model: nn.Module, x: Tensor) -> Forward:
+    """Counts the multiply-adds of a model on one sample.
+
+    Args:
+        model: with ``nn.Linear`` and ``nn.Conv2d`` for its products.
+        x: [N, ...] samples, N of at least 1.
+    """
+    counts: list[int] = []
+    with _observed(model, counts), torch.no_grad():
+        model(x)
+    return Forward(sum(counts), counts[0] if counts else 0)
+
+
+def meta_gradient_macs(
+    forward: Forward, *, tasks: int, support: int, query: int, steps: int
+) -> int:
+    """Multiply-adds of a second-order meta-gradient (formula at the file's top)."""
+    gradient = 3 * forward.total - forward.first
+    product = 6 * forward.total - 3 * forward.first
+    return tasks * (steps * support * (gradient + product) + query * gradient)
+
+
+def cost(workload: Workload) -> Cost:
+    """Counts what one meta-gradient of a workload takes at least."""
+    model = workload.model()
+    one = workload.resized(tasks=1).batch()
+    parameters = sum(p.numel() for p in model.parameters()) * FLOAT_BYTES
+    tensors = (one.support_x, one.support_y, one.query_x, one.query_y)
+    data = sum(t.numel() * t.element_size() for t in tensors)
+    macs = meta_gradient_macs(
+        forward_cost(model, one.support_x[0]),
+        tasks=workload.tasks,
+        support=workload.support,
+        query=workload.query,
+        steps=workload.steps,
+    )
+    return Cost(
+        flops=2 * macs,
+        data_bytes=workload.tasks * data,
+        parameter_bytes=parameters,
+        copies_bytes=workload.tasks * workload.steps * parameters,
+    )
+
+
+def matrix_peak(size: int = 2048, repeats: int = 8) -> float:
+    """Measures the best float32 matrix product, in operations a second.
+
+    Torch's own product of two square matrices on all its threads: what a library
+    reaches here, not what the data sheet says.
+    """
+    a, b, out = (torch.rand(size, size) for _ in range(3))
+    torch.mm(a, b, out=out)
+    best = min(time_call(lambda: torch.mm(a, b, out=out), 1) for _ in range(repeats))
+    return 2 * size**3 / best
+
+
+def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Measures the best copy in memory, bytes read plus written a second."""
+    source = torch.rand(megabytes * 2**20 // FLOAT_BYTES)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = min(time_call(lambda: target.copy_(source), 1) for _ in range(repeats))
+    return 2 * source.numel() * FLOAT_BYTES / best
+
+
+def percent_of_peak(flops: int, seconds: float, peak: float) -> float:
+    """Share of the measured matrix-product peak, in percent."""
+    return 100 * flops / (seconds * peak)

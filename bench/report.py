@@ -1,0 +1,266 @@
+"""Writes the README's benchmark section from a result file.
+
+    python bench/report.py              # the newest full CPU result -> README.md
+    python bench/report.py --check      # exit 1 if the README differs from that
+
+The section stands between two markers; everything in it comes from the JSON file it
+names, so no figure is typed by hand. Quick runs are not reported; without any result
+the section is empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = "fastmaml"
+NONE = "–"
+
+Result = dict[str, Any]
+
+
+def newest(folder: Path, device: str = "cpu") -> Path | None:
+    """Returns the latest full result of a device, by the date inside the file.
+
+    Returns:
+        Its path, or ``None`` if there is none.
+    """
+    dated = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if result["device"] == device and not result["quick"]:
+            dated.append((result["date"], path))
+    return max(dated)[1] if dated else None
+
+
+# -- cells --------------------------------------------------------------------------
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """Formats a number with three significant digits, all of those before the point."""
+    exponent = int(f"{value:.{significant - 1}e}".split("e")[1])
+    places = max(significant - 1 - exponent, 0) if value else 0
+    return f"{value:,.{places}f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int) -> str:
+    """Makes a Markdown table whose first ``text`` columns are left-aligned."""
+    rule = ["---"] * text + ["---:"] * (len(head) - text)
+    return "\n".join([_line(head), _line(rule), *map(_line, rows)])
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(OURS)
+
+
+def _contenders(result: Result) -> list[str]:
+    """Names in order of first appearance, fastmaml's first, without the all-skipped."""
+    seen = dict.fromkeys(
+        n for w in result["workloads"].values() for n in w["contenders"]
+    )
+    return sorted(seen, key=lambda name: not _is_ours(name))
+
+
+def _best_peer(workload: Result, quantity: str) -> tuple[str, float] | None:
+    """The fastest peer and how many times longer than fastmaml it takes."""
+    ratios = {
+        name: row[quantity]["ratio"]["median"]
+        for name, row in workload["contenders"].items()
+        if not _is_ours(name) and "ratio" in row[quantity]
+    }
+    if not ratios:
+        return None
+    name = min(ratios, key=lambda n: ratios[n])
+    return name, ratios[name]
+
+
+def _times_cell(workload: Result, name: str, fastest: str) -> str:
+    row = workload["contenders"].get(name)
+    if row is None:
+        return NONE
+    cell = digits(row["meta_gradient"]["median"])
+    return f"**{cell}**" if name == fastest else cell
+
+
+def _factor(workload: Result, quantity: str) -> str:
+    best = _best_peer(workload, quantity)
+    return NONE if best is None else f"{digits(best[1])}×"
+
+
+# -- parts of the section -----------------------------------------------------------
+
+
+def speed_table(result: Result) -> str:
+    """One row a workload: milliseconds of everyone, our lead, our share of the peak."""
+    names = _contenders(result)
+    head = ["one meta-gradient, ms", "tasks × (support, query)", *names]
+    head += ["fastest peer takes", "with Adam", "% of peak"]
+    rows = []
+    for workload in result["workloads"].values():
+        field = workload["contenders"]
+        fastest = min(field, key=lambda n: field[n]["meta_gradient"]["median"])
+        mine = next((row for n, row in field.items() if _is_ours(n)), None)
+        row = [workload["title"], workload["work"]]
+        row += [_times_cell(workload, name, fastest) for name in names]
+        row += [_factor(workload, q) for q in ("meta_gradient", "meta_step")]
+        row += [NONE if mine is None else digits(mine["percent_of_peak"], 2)]
+        rows.append(row)
+    return _table(head, rows, 2)
+
+
+def _megabytes(run: Result) -> str:
+    return f"{run['peak'] / 2**20:,.0f}" if "peak" in run else NONE
+
+
+def memory_table(result: Result) -> str:
+    """Peak memory of a process over the number of inner steps."""
+    memory = result["memory"]
+    steps = [str(k) for k in memory["steps"]]
+    head = ["peak memory of the process, MiB", *(f"K = {k}" for k in steps), "growth"]
+    rows = []
+    for name, entry in memory["contenders"].items():
+        if any("peak" in run for run in entry["runs"].values()):
+            grown = entry.get("growth")
+            cells = [_megabytes(entry["runs"][k]) for k in steps]
+            cells.append(NONE if grown is None else f"{grown / 2**20:,.0f}")
+            rows.append([name, *cells])
+    for whose, key in (
+        ("all tasks", "growth"),
+        ("one task a thread", "growth_per_worker"),
+    ):
+        copies = memory["copies"][key] / 2**20
+        label = f"*K parameter copies of {whose}*"
+        rows.append([label, *[""] * len(steps), f"{copies:,.0f}"])
+    return _table(head, rows, 1)
+
+
+def _left_out(result: Result) -> str:
+    """The reasons for the dashes, alike ones together."""
+    reasons: dict[str, list[str]] = {}
+    for name, workload in result["workloads"].items():
+        for peer, reason in workload["skipped"].items():
+            reasons.setdefault(f"{peer} ({reason}", []).append(name)
+    everywhere = len(result["workloads"])
+    parts = [
+        f"{why})" if len(names) == everywhere else f"{why}; {', '.join(names)})"
+        for why, names in reasons.items()
+    ]
+    return f"Left out: {'; '.join(parts)}." if parts else ""
+
+
+def _worst_error(result: Result, ours: bool) -> str:
+    errors = [
+        row["error"]
+        for workload in result["workloads"].values()
+        for name, row in workload["contenders"].items()
+        if _is_ours(name) == ours
+    ]
+    return f"{max(errors):.0e}" if errors else NONE
+
+
+def provenance(result: Result, source: str) -> str:
+    """Where the figures come from, in one paragraph."""
+    machine, versions, peak = result["machine"], result["versions"], result["peak"]
+    packages = ", ".join(f"{k} {v}" for k, v in versions.items() if v is not None)
+    state = " with local changes" if result["modified"] else ""
+    return (
+        "Medians of interleaved rounds in one process, float32, second order; ratios "
+        "are medians over rounds, `with Adam` is that of a whole meta-step. `% of "
+        "peak` is fastmaml's share of the matrix product measured in the same run, "
+        f"{peak['matrix_flops'] / 1e9:,.0f} GFLOP/s. Largest relative error against "
+        f"float64: fastmaml {_worst_error(result, True)}, peers "
+        f"{_worst_error(result, False)} (rounding flips single branches of ReLU and "
+        f"max pooling, in any float32 program). {machine['cpu']}, "
+        f"{machine['threads']} threads, {machine['torch_capability']}; {packages}; "
+        f"{result['date'][:10]}, commit {result['commit']}{state}; all samples' "
+        f"statistics in [{source}]({source}), written by `{result['command']}`."
+    )
+
+
+def section(result: Result, source: str) -> str:
+    """Returns everything between the markers."""
+    parts = [speed_table(result)]
+    if "memory" in result:
+        title = result["workloads"].get(result["memory"]["workload"], {}).get("title")
+        parts += (
+            [f"Memory as the inner loop grows to K steps ({title}):"] if title else []
+        )
+        parts += [memory_table(result)]
+    parts += [_left_out(result), provenance(result, source)]
+    return "\n\n".join(part for part in parts if part)
+
+
+# -- the README ---------------------------------------------------------------------
+
+
+def updated(text: str, body: str) -> str:
+    """Returns the README with its section replaced.
+
+    Raises:
+        ValueError: if the markers are missing, doubled or out of order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README: expected {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
+    if END not in rest:
+        raise ValueError(f"README: {END} stands before {BEGIN}")
+    lines = [BEGIN, body, END] if body else [BEGIN, END]
+    return before + "\n".join(lines) + rest.split(END)[1]
+
+
+def _relative(path: Path, base: Path) -> str:
+    path, base = path.resolve(), base.resolve()
+    return str(path.relative_to(base)) if path.is_relative_to(base) else path.name
+
+
+def _draw(result: Result, folder: Path) -> None:
+    sys.path.append(str(ROOT))  # where this file runs as a script
+    from bench import figures
+
+    figures.draw(result, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks the README.
+
+    Returns:
+        0, or 1 if the README has no markers or ``--check`` finds it stale.
+    """
+    parser = argparse.ArgumentParser(prog="python bench/report.py", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--figures", type=Path, help="folder for PNG figures")
+    options = parser.parse_args(argv)
+    source = newest(options.results)
+    result = None if source is None else json.loads(source.read_text())
+    body, text = "", options.readme.read_text()
+    if source is not None and result is not None:
+        body = section(result, _relative(source, options.readme.parent))
+    try:
+        new = updated(text, body)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.check:
+        if new != text:
+            print(f"{options.readme.name}: stale, run {parser.prog}", file=sys.stderr)
+        return int(new != text)
+    options.readme.write_text(new)
+    if options.figures is not None and result is not None:
+        _draw(result, options.figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
