@@ -11,6 +11,7 @@ from fastmaml.compile import CompileReport, EngineReport, compile_module
 from fastmaml.engines import Engine, FunctionalEngine, MetaGradient, Rates, StepMetrics
 from fastmaml.learners import FOMAML, MAML, Evaluation, Learner, TaskModel
 from fastmaml.tasks import Sinusoid, TaskBatch, TaskSampler
+from fastmaml.threads import get_num_threads, set_num_threads
 
 try:
     __version__ = version("fastmaml")
@@ -34,4 +35,6 @@ __all__ = [
     "TaskModel",
     "TaskSampler",
     "compile_module",
+    "get_num_threads",
+    "set_num_threads",
 ]
