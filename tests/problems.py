@@ -47,6 +47,7 @@ MODEL = [
         5,
         loss="cross_entropy",
         not_adapted=models.batch_norm_parameters,
+        inner_lr=0.02,
     ),
     Problem(
         "mini-imagenet-conv",
@@ -64,6 +65,7 @@ MODEL = [
         12,
         loss="policy_gradient",
         samples=13,
+        inner_lr=0.01,
     ),
 ]
 

@@ -118,6 +118,7 @@ CallPlan call_meta_gradient(const Program& program, index_t tasks, index_t steps
   call.program = &program;
   call.backend = &cpu::backend<S>();
   call.tasks = tasks;
+  call.slots = call.backend->slots(tasks);
   call.steps = steps;
   call.first_order = first_order;
   call.memory = Memory(memory);
@@ -146,6 +147,7 @@ CallPlan call_adapt(const Program& program, index_t tasks, index_t steps, const 
   call.program = &program;
   call.backend = &cpu::backend<S>();
   call.tasks = tasks;
+  call.slots = call.backend->slots(tasks);
   call.steps = steps;
   call.params = tensors<const S>(program, params, per_task);
   call.rates = rates<S>(program, rate);
@@ -167,6 +169,7 @@ CallPlan call_product(const Program& program, int product_kind, index_t tasks,
   call.program = &program;
   call.backend = &cpu::backend<S>();
   call.tasks = tasks;
+  call.slots = call.backend->slots(tasks);
   call.product = Product(product_kind);
   call.params = tensors<const S>(program, params, per_task);
   if (!vector.empty()) call.vector = tensors<const S>(program, vector, vector_per_task);

@@ -219,10 +219,13 @@ int num_threads() {
   return shared_pool ? shared_pool->size() : default_threads();
 }
 
-void run_parts(index_t parts, PartBody body, void* state) {
+void run_parts(index_t parts, int threads, PartBody body, void* state) {
   std::lock_guard<std::mutex> lock(call_mutex());
   FlushDenormals flush;
-  pool().run(parts, body, state);
+  Pool& shared = pool();
+  if (shared.size() <= threads) return shared.run(parts, body, state);
+  // the pool has grown since the caller counted: it is too large for this call alone
+  for (index_t part = 0; part < parts; ++part) body(state, 0, part);
 }
 
 void run_team(TeamBody body, void* state) {

@@ -16,9 +16,9 @@ int num_threads();
 
 using PartBody = void (*)(void* state, int thread, index_t part);
 
-// Runs body(state, thread, part) for part = 0 .. parts - 1; `thread` < num_threads() is unique
-// among those running. Not re-entrant: nested loops go through `team_parts`.
-void run_parts(index_t parts, PartBody body, void* state);
+// Runs body(state, thread, part) for part = 0 .. parts - 1; `thread` < `threads` is unique among
+// those running. Not re-entrant: nested loops go through `team_parts`.
+void run_parts(index_t parts, int threads, PartBody body, void* state);
 
 // As run_parts, from inside part 0 of a `run_team` call.
 void team_parts(const void* team, index_t parts, PartBody body, void* state);

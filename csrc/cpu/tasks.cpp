@@ -11,17 +11,21 @@ struct TaskLoop {
   void* state;
 };
 
-bool thread_per_task(index_t tasks) { return tasks >= num_threads(); }
-
 }  // namespace
 
-index_t task_slots(index_t tasks) { return thread_per_task(tasks) ? num_threads() : 1; }
+index_t task_slots(index_t tasks) {
+  const index_t threads = num_threads();
+  return tasks >= threads ? threads : 1;
+}
 
-void for_each_task(index_t tasks, void (*body)(void*, index_t, index_t, const Exec&), void* state) {
+// Slots were counted when the call was planned; the number of threads may have changed since, but
+// never do more threads than slots take tasks.
+void for_each_task(index_t tasks, index_t slots, void (*body)(void*, index_t, index_t, const Exec&),
+                   void* state) {
   TaskLoop loop{tasks, body, state};
-  if (thread_per_task(tasks)) {
+  if (slots > 1) {
     run_parts(
-        tasks,
+        tasks, int(slots),
         [](void* l, int thread, index_t task) {
           const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
           loop.body(loop.state, thread, task, Exec{});
@@ -50,7 +54,7 @@ void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index
     return;
   }
   run_parts(
-      parts,
+      parts, num_threads(),
       [](void* l, int, index_t part) {
         const RangeLoop& loop = *static_cast<const RangeLoop*>(l);
         const index_t begin = part * loop.grain;

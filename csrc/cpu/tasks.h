@@ -7,7 +7,8 @@
 namespace fm::cpu {
 
 index_t task_slots(index_t tasks);
-void for_each_task(index_t tasks, void (*body)(void*, index_t, index_t, const Exec&), void* state);
+void for_each_task(index_t tasks, index_t slots, void (*body)(void*, index_t, index_t, const Exec&),
+                   void* state);
 void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index_t), void* state);
 
 template <class P>

@@ -17,7 +17,7 @@ AdaptPlan make_plan(const AdaptCall<S>& call) {
   const Program& program = *call.program;
   const index_t P = program.param_count();
   AdaptPlan plan;
-  plan.slots = call.backend->slots(call.tasks);
+  plan.slots = call.slots;
   plan.support = plan_tape(program, call.support.count, true);
   plan.query = plan_tape(program, call.query.count, true);
   Arena shared, slot;
@@ -52,7 +52,7 @@ class InnerLoop {
       load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
     }
     backend_.for_each_task(
-        call_.tasks,
+        call_.tasks, plan_.slots,
         [](void* self, index_t slot, index_t task, const Exec& exec) {
           static_cast<const InnerLoop*>(self)->task(slot, task, exec);
         },

@@ -72,7 +72,7 @@ template <class S>
 MetaPlan make_plan(const MetaCall<S>& call) {
   const Program& program = *call.program;
   MetaPlan plan;
-  plan.slots = call.backend->slots(call.tasks);
+  plan.slots = call.slots;
   plan.support = plan_tape(program, call.support.count, call.first_order);
   plan.query = plan_tape(program, call.query.count, true);
   plan.tangent = plan_tangent(program, call.support.count);
@@ -103,7 +103,7 @@ class MetaGradient {
       load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
     }
     backend_.for_each_task(
-        call_.tasks,
+        call_.tasks, plan_.slots,
         [](void* self, index_t slot, index_t task, const Exec& exec) {
           static_cast<const MetaGradient*>(self)->task(slot, task, exec);
         },

@@ -47,6 +47,7 @@ struct MetaCall {
   const Program* program = nullptr;
   const Backend<S>* backend = nullptr;
   index_t tasks = 0;
+  index_t slots = 1;  // tasks in work at once: Backend::slots, asked once per call
   index_t steps = 0;
   bool first_order = false;
   Memory memory = Memory::automatic;
@@ -65,7 +66,7 @@ template <class S>
 struct AdaptCall {
   const Program* program = nullptr;
   const Backend<S>* backend = nullptr;
-  index_t tasks = 0, steps = 0;
+  index_t tasks = 0, slots = 1, steps = 0;
   TensorList<const S> params;
   Rates<S> rates;
   Samples<S> support, query;
@@ -81,7 +82,7 @@ template <class S>
 struct ProductCall {
   const Program* program = nullptr;
   const Backend<S>* backend = nullptr;
-  index_t tasks = 0;
+  index_t tasks = 0, slots = 1;
   Product product = Product::forward;
   TensorList<const S> params, vector;
   Samples<S> samples;

@@ -22,7 +22,7 @@ ProductPlan make_plan(const ProductCall<S>& call) {
   const index_t P = program.param_count();
   const bool products = call.product == Product::hessian || call.product == Product::gauss_newton;
   ProductPlan plan;
-  plan.slots = call.backend->slots(call.tasks);
+  plan.slots = call.slots;
   plan.tape = plan_tape(program, call.samples.count, !products);
   plan.tangent = plan_tangent(program, call.samples.count);
   Arena slot;
@@ -50,7 +50,7 @@ class Products {
 
   void run() {
     backend_.for_each_task(
-        call_.tasks,
+        call_.tasks, plan_.slots,
         [](void* self, index_t slot, index_t task, const Exec& exec) {
           static_cast<const Products*>(self)->task(slot, task, exec);
         },

@@ -29,6 +29,12 @@ std::string text(const Shape& s) {
          std::to_string(s.width) + "]";
 }
 
+std::string list(const std::vector<index_t>& sizes) {
+  std::string text;
+  for (index_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return text + "]";
+}
+
 // channels-last position -> channels-first position of the same element
 std::vector<std::int32_t> channels_first_index(const Shape& s) {
   std::vector<std::int32_t> index(s.size());
@@ -175,7 +181,8 @@ LayerDesc layer_norm(Builder& b, const LayerSpec& s) {
   const std::vector<index_t> all = b.vector
                                        ? std::vector<index_t>{in.channels}
                                        : std::vector<index_t>{in.channels, in.height, in.width};
-  b.check(s.shape == all, "expected to normalise over all features of a sample, ", text(in));
+  b.check(s.shape == all, "expected samples of the normalised shape ", list(s.shape),
+          " (all features of a sample), got ", text(in));
   d.eps = s.eps;
   const auto order = b.vector ? b.order : channels_first_index(in);
   b.parametrize(d, s, s.has_weight ? in.size() : 0, s.has_bias ? in.size() : 0, order, order);

@@ -22,12 +22,28 @@ def infer_shapes(program: LoweredProgram, input_shape: Shape) -> list[Shape]:
     shapes = [tuple(input_shape)]
     for layer in program.layers:
         shapes.append(_after(layer, shapes[-1]))
+    if _is_flattened_image(program, shapes):
+        raise ValueError(
+            "the outputs are a flattened image, whose order the native engine does not "
+            "keep; end the model with a Linear layer"
+        )
     if len(shapes[-1]) != 1:
         raise ValueError(
             f"loss {program.loss.kind} got outputs {list(shapes[-1])} for a sample, "
             "expected a flat [O]"
         )
     return shapes
+
+
+def _is_flattened_image(program: LoweredProgram, shapes: list[Shape]) -> bool:
+    """Whether the pixels of an image reach the end with no Linear layer between."""
+    image = False
+    for layer, shape in zip(program.layers, shapes, strict=False):
+        if layer.kind == "flatten":
+            image = image or (len(shape) == 3 and math.prod(shape[1:]) > 1)
+        elif layer.kind == "linear":
+            image = False
+    return image
 
 
 def _after(layer: LayerSpec, shape: Shape) -> Shape:

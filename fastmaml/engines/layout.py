@@ -55,10 +55,15 @@ class RateMap:
                 row[self._slices[name]] += slope.flatten()
 
 
-def step_weights(loss_weights: Sequence[float] | None, steps: int) -> list[float]:
-    """The w_k, [K+1]; the last step alone unless told."""
+def check_steps(steps: int) -> None:
+    """Refuses a negative number of inner steps."""
     if steps < 0:
         raise ValueError(f"steps={steps}: expected 0 or more")
+
+
+def step_weights(loss_weights: Sequence[float] | None, steps: int) -> list[float]:
+    """The w_k, [K+1]; the last step alone unless told."""
+    check_steps(steps)
     if loss_weights is None:
         return [0.0] * steps + [1.0]
     weights = [float(w) for w in loss_weights]

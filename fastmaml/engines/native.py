@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmaml import _native
 from fastmaml.compile import LoweredProgram
 from fastmaml.engines.base import MetaGradient, Params, Rates, StepMetrics
-from fastmaml.engines.layout import step_weights
+from fastmaml.engines.layout import check_steps, step_weights
 from fastmaml.engines.native_arguments import (
     DTYPES,
     NO_SAMPLES,
@@ -173,6 +173,7 @@ class NativeEngine:
         """See `fastmaml.engines.base.Engine.evaluate`."""
         if inductive:
             return self._evaluate_inductive(params, rates, tasks, steps)
+        check_steps(steps)
         query = torch.empty((2, tasks.tasks, steps + 1), dtype=torch.float64)
         self._adapt(
             params,
@@ -223,7 +224,8 @@ class NativeEngine:
         with self._lock:
             space = self._workspace
             plan = call(*arguments, (_native.own_address(space), space.numel()))
-            if plan.bytes > space.numel():
+            # again, since the number of threads may have grown in between
+            while plan.bytes > space.numel():
                 self._workspace = space = torch.empty(plan.bytes, dtype=torch.uint8)
                 plan = call(*arguments, (_native.own_address(space), space.numel()))
             self._plan = plan
@@ -239,6 +241,7 @@ class NativeEngine:
         adapted: list[int],
         metrics: tuple[int, int],
     ) -> None:
+        check_steps(steps)
         own = self._parameters
         dtype = own.dtype(params)
         tasks = support[0].shape[0]
@@ -287,7 +290,11 @@ class NativeEngine:
             product,
             tasks,
             *own.addresses(params, dtype, tasks, keep),
-            *(own.addresses(vector, dtype, tasks, keep) if vector else no_vector),
+            *(
+                own.addresses(vector, dtype, tasks, keep)
+                if vector is not None
+                else no_vector
+            ),
             self._samples("", x, y, dtype, keep),
             output,
             loss,

@@ -42,6 +42,10 @@ class ParameterArguments:
 
     def dtype(self, params: Params) -> torch.dtype:
         """The dtype of a call, that of its parameters."""
+        if self.names[0] not in params:
+            raise ValueError(
+                f"params: expected {', '.join(self.names)}, got {[*params]}"
+            )
         dtype = params[self.names[0]].dtype
         if dtype not in DTYPES:
             raise TypeError(
@@ -54,6 +58,12 @@ class ParameterArguments:
         self, params: Params, dtype: torch.dtype, tasks: int, keep: list[Tensor]
     ) -> tuple[list[int], bool]:
         """Where the parameters are, and whether there is one set per task."""
+        missing = [n for n in self.names if n not in params]
+        if missing:
+            raise ValueError(
+                f"expected a tensor for each of the {len(self.names)} parameters, "
+                f"got none for {', '.join(missing)}"
+            )
         first = self.names[0]
         per_task = params[first].dim() > len(self.shapes[first])
         axis = (tasks,) if per_task else ()
@@ -80,6 +90,10 @@ class ParameterArguments:
         """Address, layout, rows and adapted flags of inner learning rates."""
         values = rates.values.detach()
         rows = values.shape[0] if rates.per_step else 1
+        if rows < 1:
+            raise ValueError(
+                "rates: expected at least one row, one per inner step, got none"
+            )
         width = self._width(rates)
         if values.numel() != rows * width:
             raise ValueError(
@@ -138,6 +152,11 @@ def sample_arguments(
         target: shape of one sample's target; ``None`` for int64 labels.
         keep: takes what must outlive the call.
     """
+    if x.shape[0] < 1 or x.shape[1] < 1:
+        raise ValueError(
+            f"{which}x: expected at least one task of one sample, [T, N, ...], got "
+            f"shape {list(x.shape)}"
+        )
     channels_last = False
     if not x.is_contiguous():
         channels_last = x.dim() == 5 and x.movedim(2, -1).is_contiguous()
