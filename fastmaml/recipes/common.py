@@ -157,7 +157,11 @@ class Experiment(abc.ABC):
         """Seeds all generators, makes the model and its learner on the device."""
         set_threads(self.threads)
         seed_everything(self.seed)
-        return self.make_learner(self.make_model().to(self.device))
+        learner = self.make_learner(self.make_model().to(self.device))
+        if learner.report.engine == "native":
+            # torch has little to do; its workers would spin on the engine's cores
+            torch.set_num_threads(1)
+        return learner
 
 
 LOCKED_OUT = {"iterations", "threads", "data", "download", "checkpoint_every", "out"}

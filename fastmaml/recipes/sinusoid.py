@@ -26,6 +26,9 @@ class Sinusoid(Experiment):
     """learning rate of the inner loop"""
     test_steps: int = 10
     """inner steps in validation and test"""
+    validate_every: int = 200
+    """meta-steps between validations; ten steps amplify the noise of a meta-step, so
+    that the best of many parameters is well below their average"""
     validation_tasks: int = 600
     """fixed tasks to validate on"""
     support: int = 10
