@@ -22,8 +22,11 @@
 namespace fm::cpu {
 namespace {
 
-// Workers look for new work this long before they sleep; waking a sleeper costs some 30 us.
-constexpr auto kSpin = std::chrono::microseconds(60);
+// Workers look for new work this long before they sleep, the first part of it without giving way
+// to other threads: waking a sleeper takes longer than a meta-gradient of a small network, and the
+// gap between two calls of a training loop is some hundred microseconds.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kLinger = std::chrono::microseconds(1000);
 // The caller spins this often for the last part before it gives way to other threads.
 constexpr int kSpinTries = 2000;
 
@@ -116,7 +119,10 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       ticket_.store(std::uint64_t(generation) << 32 | std::uint64_t(parts));
     }
-    if (sleepers_.load() > 0) wake_.notify_all();
+    if (sleepers_.load() > 0) {
+      keep_off_this_cpu();
+      wake_.notify_all();
+    }
     claim(0, generation);
     for (int tries = 0; done_.load(std::memory_order_acquire) < parts; ++tries) {
       if (tries < kSpinTries) {
@@ -128,6 +134,20 @@ class Pool {
   }
 
  private:
+  // The kernel likes to wake a thread on the CPU of the one that wakes it, where it would wait for
+  // that one to finish. Workers may use any other CPU of the process.
+  void keep_off_this_cpu() {
+#if defined(__linux__)
+    cpu_set_t set;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof(set), &set) != 0 || CPU_COUNT(&set) < 2) return;
+    CPU_CLR(here, &set);
+    for (std::thread& worker : workers_) {
+      pthread_setaffinity_np(worker.native_handle(), sizeof(set), &set);
+    }
+#endif
+  }
+
   static std::uint32_t generation_of(std::uint64_t ticket) { return std::uint32_t(ticket >> 32); }
 
   void claim(int thread, std::uint32_t generation) {
@@ -154,11 +174,19 @@ class Pool {
 
   std::uint32_t wait_for_work(std::uint32_t seen) {
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0;; ++i) {
+    bool lingering = false;
+    for (int i = 1;; ++i) {
       const std::uint32_t now = generation_of(ticket_.load(std::memory_order_acquire));
       if (now != seen) return now;
-      relax();
-      if (i % 64 == 63 && std::chrono::steady_clock::now() - start > kSpin) break;
+      if (lingering) {
+        std::this_thread::yield();
+      } else {
+        relax();
+      }
+      if (!lingering && i % 64 != 0) continue;
+      const auto waited = std::chrono::steady_clock::now() - start;
+      if (waited > kLinger) break;
+      lingering = waited > kSpin;
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
