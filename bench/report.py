@@ -176,8 +176,10 @@ def provenance(result: Result, source: str) -> str:
     return (
         "Medians of interleaved rounds in one process, float32, second order; ratios "
         "are medians over rounds, `with Adam` is that of a whole meta-step. `% of "
-        "peak` is fastmaml's share of the matrix product measured in the same run, "
-        f"{peak['matrix_flops'] / 1e9:,.0f} GFLOP/s. Largest relative error against "
+        "peak` is fastmaml's rate by that of torch's matrix product in the same run, "
+        f"{peak['matrix_flops'] / 1e9:,.0f} GFLOP/s; where the library leaves some of "
+        "the hardware unused, more than 100 is possible. Below 1×, the peer is faster. "
+        "Largest relative error against "
         f"float64: fastmaml {_worst_error(result, True)}, peers "
         f"{_worst_error(result, False)} (rounding flips single branches of ReLU and "
         f"max pooling, in any float32 program). {machine['cpu']}, "
