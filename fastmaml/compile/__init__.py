@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from torch import nn
 
 from fastmaml.compile.lower import Unsupported, is_known, lower
@@ -21,6 +23,11 @@ __all__ = [
     "compile_module",
     "infer_shapes",
 ]
+
+
+# torch.fx patches nn.Module for the whole process while it traces, so that one thread
+# must not even look at a module while another traces
+_COMPILING = threading.Lock()
 
 
 def compile_module(
@@ -43,7 +50,12 @@ def compile_module(
         ValueError: for a loss or reduction that doesn't exist.
     """
     resolved = resolve_loss(loss, reduction)
-    reasons = [*_loss_refusals(resolved), *refusals(model)]
+    with _COMPILING:
+        return _compile(model, resolved)
+
+
+def _compile(model: nn.Module, loss: Loss) -> CompileReport:
+    reasons = [*_loss_refusals(loss), *refusals(model)]
     layers: list[LayerSpec] = []
     try:
         steps = trace(model, is_known)
@@ -54,7 +66,7 @@ def compile_module(
             layers += lower(step)
         except Unsupported as error:
             reasons.append(str(error))
-    spec = LossSpec(resolved.name, resolved.reduction)
+    spec = LossSpec(loss.name, loss.reduction)
     program = LoweredProgram(tuple(layers), spec)
     reasons += _repeated(steps)
     if not reasons:

@@ -7,7 +7,6 @@ result is the output. Sizes of a batch (``x.size(0)``) may be read on the way.
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,10 +84,6 @@ class Untraceable(Exception):
     """The forward pass is no straight line; the message says why."""
 
 
-# torch.fx patches nn.Module for the whole process while it traces
-_TRACING = threading.Lock()
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
@@ -120,8 +115,7 @@ def trace(model: nn.Module, leaf: Callable[[nn.Module], bool]) -> list[Step]:
     if leaf(model):
         return [Step("", "module", model)]
     try:
-        with _TRACING:
-            graph = _Tracer(leaf).trace(model)
+        graph = _Tracer(leaf).trace(model)
     except Untraceable:
         raise
     except Exception as error:
