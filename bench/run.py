@@ -99,8 +99,8 @@ def _error(
 ) -> float:
     """Median over batches of the relative error against float64.
 
-    ReLU and max pooling make the gradient jump where rounding flips a branch, for any
-    program in float32; the median over batches keeps one flip from deciding.
+    ReLU and max pooling make the gradient jump where rounding flips a branch, which
+    can hit any program in float32; the median over batches keeps one from deciding.
     """
     errors = []
     for batch, want in zip(batches, wants, strict=True):

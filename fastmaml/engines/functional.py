@@ -9,9 +9,9 @@ Differs from ``vmap(grad(unrolled loop))`` in:
 
 In float32 the meta-gradient of a batch-norm network agrees with float64 to 4e-6
 (relative L2; Omniglot network with softplus in place of ReLU, 8 tasks, one step), as
-vmap(grad) does. With ReLU, an input within rounding of zero can fall to the other side,
-and that one unit then costs up to 1e-3 in every engine, one task at a time too: it is a
-property of the kink, not of vmap.
+vmap(grad) does. With ReLU the error reached 1e-3 on some draws, one task at a time
+too, and 2e-6 on others: probably inputs within rounding of zero that fall to the other
+side of the kink, though single units were not traced.
 
 Products run reverse over reverse (a vjp of the gradient), because every operation
 with a double backward has that, while forward-mode formulas are missing for some.
