@@ -105,8 +105,8 @@ def omniglot_conv(
     over space and a linear head. Images of 28 x 28 shrink to 14, 7, 4, 2.
 
     Convolutions start from Glorot's uniform, the head's weights from a normal of
-    standard deviation ``head_std``, biases from zero. The paper's code has 1; from 0.1
-    the first thousand iterations learn several times faster.
+    standard deviation ``head_std``, biases from zero. The paper's code has 1; smaller
+    heads start with a smaller loss.
 
     Args:
         ways: classes of a task.
