@@ -60,10 +60,6 @@ FM_INLINE void transpose_block(const S* src, index_t src_stride, index_t rows, i
 
 // dst[c, r] = src[r, c]
 inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst) {
-  if (rows == 1 || columns == 1) {
-    std::memcpy(dst, src, rows * columns * sizeof(S));
-    return;
-  }
   for (index_t r = 0; r < rows; r += kLanes) {
     for (index_t c = 0; c < columns; c += kLanes) {
       const index_t height = min_of(kLanes, rows - r), width = min_of(kLanes, columns - c);
@@ -82,29 +78,32 @@ inline const S* transposed_weights(const LayerDesc& d, const S* w, S* dst) {
   if (!w) return nullptr;
   const index_t in = d.in.channels, out = d.out.channels;
   const index_t pixels = d.window.kernel[0] * d.window.kernel[1];
+  if (in == 1 || out == 1) return w;
   for (index_t p = 0; p < pixels; ++p) transpose(w + p * in * out, in, out, dst + p * in * out);
   return dst;
 }
 
-// out[c] = sum over rows of values[r, c]: blocks of rows first, so that long sums stay accurate
-inline void sum_rows(const S* values, index_t rows, index_t columns, S* out) {
+// out[c] = base[c] + scale * sum over rows of values[r, c]: blocks of rows first, so that long sums
+// stay accurate; four chains at a time, so that they do not wait for each other
+inline void sum_rows(const S* values, index_t rows, index_t columns, const S* base, S scale,
+                     S* out) {
   constexpr index_t kBlock = 256;
   for_columns(columns, [&](auto lanes, index_t c) {
     V total{};
     for (index_t r0 = 0; r0 < rows; r0 += kBlock) {
-      V sum{};
+      V sum[4] = {};
       const index_t r1 = min_of(rows, r0 + kBlock);
-      for (index_t r = r0; r < r1; ++r) sum += lanes.get(values + r * columns + c);
-      total += sum;
+      index_t r = r0;
+      for (; r + 4 <= r1; r += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum[i] += lanes.get(values + (r + i) * columns + c);
+      }
+      for (; r < r1; ++r) sum[0] += lanes.get(values + r * columns + c);
+      total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
-    lanes.put(out + c, total);
+    const V scaled = scale * total;
+    lanes.put(out + c, base ? lanes.get(base + c) + scaled : scaled);
   });
-}
-
-// A Linear layer with one output has no row of outputs to vectorise over: its products run over the
-// inputs instead.
-inline bool has_single_output(const LayerDesc& d) {
-  return d.out.channels == 1 && d.in.pixels() == 1 && d.out.pixels() == 1;
 }
 
 // Lanes are added pairwise, in an order of their own that never depends on the data.
@@ -113,15 +112,22 @@ FM_INLINE S sum_lanes(V v) {
   store(lanes, v);
 #pragma GCC unroll 4
   for (index_t half = kLanes / 2; half >= 1; half /= 2) {
+#pragma GCC unroll 8
     for (index_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
   return lanes[0];
 }
 
+// A dense layer with one output has no row of outputs to vectorise over: its products run over the
+// inputs instead.
+inline bool has_single_output(const LayerDesc& d) { return d.dense() && d.out.channels == 1; }
+
+inline index_t dense_rows_of(const LayerArgs<S>& a) { return a.samples * a.desc->in.pixels(); }
+
 inline void single_output_forward(const LayerArgs<S>& a, const Operands& operands, const S* bias,
                                   S* y) {
-  const index_t in = a.desc->in.channels;
-  for (index_t n = 0; n < a.samples; ++n) {
+  const index_t in = a.desc->in.channels, rows = dense_rows_of(a);
+  for (index_t n = 0; n < rows; ++n) {
     V sum{};
     for (int pair = 0; pair < operands.count; ++pair) {
       const S *x = operands.pair[pair].src + n * in, *w = operands.pair[pair].other;
@@ -132,14 +138,15 @@ inline void single_output_forward(const LayerArgs<S>& a, const Operands& operand
 }
 
 inline void single_output_gradient(const LayerArgs<S>& a, const Operands& operands, S* dw) {
-  const index_t in = a.desc->in.channels;
+  const index_t in = a.desc->in.channels, rows = dense_rows_of(a);
   for_columns(in, [&](auto lanes, index_t i) {
     V sum{};
     for (int pair = 0; pair < operands.count; ++pair) {
       const S *x = operands.pair[pair].src + i, *dy = operands.pair[pair].other;
-      for (index_t n = 0; n < a.samples; ++n) sum += lanes.get(x + n * in) * splat(dy[n]);
+      for (index_t n = 0; n < rows; ++n) sum += lanes.get(x + n * in) * splat(dy[n]);
     }
-    lanes.put(dw + i, sum);
+    const V scaled = a.weight_scale * sum;
+    lanes.put(dw + i, a.dw_base ? lanes.get(a.dw_base + i) + scaled : scaled);
   });
 }
 
@@ -147,58 +154,95 @@ inline const S* bias_of(const LayerDesc& d, const S* w) {
   return d.has_bias && w ? w + d.bias_offset : nullptr;
 }
 
-inline void bilinear_forward(const LayerArgs<S>& a, const Exec& exec) {
+// y or ty; the mask of a tangent is the ReLU's output
+inline void bilinear_outputs(const LayerArgs<S>& a, const Operands& operands, const S* bias,
+                             const S* mask, S* out, const Exec& exec) {
   const LayerDesc& d = *a.desc;
-  GatherProduct p{&d.geometry->forward, {}, a.samples, d.out.channels, bias_of(d, a.w), a.y};
-  p.operands.add(a.x, a.w);
-  if (has_single_output(d)) return single_output_forward(a, p.operands, p.bias, a.y);
-  gather_product(p, exec);
+  if (has_single_output(d)) return single_output_forward(a, operands, bias, out);
+  if (!d.dense()) {
+    return gather_product({&d.geometry->forward, operands, a.samples, d.out.channels, bias, out},
+                          exec);
+  }
+  const index_t in = d.in.channels;
+  DenseProduct p{dense_rows_of(a), d.out.channels, in, operands, in, 1, out, {}};
+  p.epilogue.start = bias;
+  p.epilogue.relu = d.relu && !mask;
+  p.epilogue.mask = mask;
+  dense_product(p, exec);
+}
+
+inline void bilinear_forward(const LayerArgs<S>& a, const Exec& exec) {
+  Operands operands;
+  operands.add(a.x, a.w);
+  bilinear_outputs(a, operands, bias_of(*a.desc, a.w), nullptr, a.y, exec);
 }
 
 inline void bilinear_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
-  const LayerDesc& d = *a.desc;
-  GatherProduct p{&d.geometry->forward, {}, a.samples, d.out.channels, bias_of(d, a.tw), a.ty};
-  p.operands.add(a.x, a.tw);
-  p.operands.add(a.tx, a.w);
-  if (has_single_output(d)) return single_output_forward(a, p.operands, p.bias, a.ty);
-  gather_product(p, exec);
+  Operands operands;
+  operands.add(a.x, a.tw);
+  operands.add(a.tx, a.w);
+  bilinear_outputs(a, operands, bias_of(*a.desc, a.tw), a.desc->relu ? a.y : nullptr, a.ty, exec);
 }
 
-// dx and dw of the operand pairs given; shared by backward and tangent_backward
-inline void bilinear_adjoints(const LayerArgs<S>& a, const Operands& for_dx, S* dx,
-                              const Operands& for_dw, const S* bias_source, S* dw,
-                              const Exec& exec) {
+inline void bilinear_input_adjoint(const LayerArgs<S>& a, const Operands& operands, S* dx,
+                                   const Exec& exec) {
   const LayerDesc& d = *a.desc;
-  if (dx) {
-    gather_product({&d.geometry->backward, for_dx, a.samples, d.in.channels, nullptr, dx}, exec);
+  if (!d.dense()) {
+    return gather_product({&d.geometry->backward, operands, a.samples, d.in.channels, nullptr, dx},
+                          exec);
   }
-  if (!dw) return;
+  const index_t out = d.out.channels;
+  DenseProduct p{dense_rows_of(a), d.in.channels, out, operands, out, 1, dx, {}};
+  p.epilogue.mask = d.relu_input ? a.x : nullptr;
+  dense_product(p, exec);
+}
+
+inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& operands,
+                                    const S* bias_source, S* dw, const Exec& exec) {
+  const LayerDesc& d = *a.desc;
+  const index_t in = d.in.channels, out = d.out.channels;
   if (d.has_bias) {
-    sum_rows(bias_source, a.samples * d.out.pixels(), d.out.channels, dw + d.bias_offset);
+    sum_rows(bias_source, a.samples * d.out.pixels(), out,
+             a.dw_base ? a.dw_base + d.bias_offset : nullptr, a.bias_scale, dw + d.bias_offset);
   }
-  if (has_single_output(d)) return single_output_gradient(a, for_dw, dw);
-  const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
-  weight_gradient({&d.geometry->forward, for_dw, a.samples, inputs, d.out.channels, dw},
-                  d.in.channels, exec);
+  if (has_single_output(d)) return single_output_gradient(a, operands, dw);
+  if (!d.dense()) {
+    const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * in;
+    return weight_gradient({&d.geometry->forward, operands, a.samples, inputs, out, dw}, in, exec);
+  }
+  DenseProduct p{in, out, dense_rows_of(a), operands, 1, in, dw, {}};
+  p.epilogue.base = a.dw_base;
+  p.epilogue.scale = a.weight_scale;
+  dense_gradient(p, exec);
 }
 
 inline void bilinear_backward(const LayerArgs<S>& a, const Exec& exec) {
-  Operands for_dx, for_dw;
-  if (a.dx) for_dx.add(a.dy, transposed_weights(*a.desc, a.w, static_cast<S*>(exec.scratch)));
-  for_dw.add(a.x, a.dy);
-  bilinear_adjoints(a, for_dx, a.dx, for_dw, a.dy, a.dw, exec);
+  if (a.dx) {
+    Operands operands;
+    operands.add(a.dy, transposed_weights(*a.desc, a.w, static_cast<S*>(exec.scratch)));
+    bilinear_input_adjoint(a, operands, a.dx, exec);
+  }
+  if (a.dw) {
+    Operands operands;
+    operands.add(a.x, a.dy);
+    bilinear_weight_adjoint(a, operands, a.dy, a.dw, exec);
+  }
 }
 
 inline void bilinear_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
-  Operands for_dx, for_dw;
   if (a.tdx) {
     S* scratch = static_cast<S*>(exec.scratch);
-    for_dx.add(a.tdy, transposed_weights(*a.desc, a.w, scratch));
-    for_dx.add(a.dy, transposed_weights(*a.desc, a.tw, scratch + a.desc->param_count));
+    Operands operands;
+    operands.add(a.tdy, transposed_weights(*a.desc, a.w, scratch));
+    operands.add(a.dy, transposed_weights(*a.desc, a.tw, scratch + a.desc->param_count));
+    bilinear_input_adjoint(a, operands, a.tdx, exec);
   }
-  for_dw.add(a.x, a.tdy);
-  for_dw.add(a.tx, a.dy);
-  bilinear_adjoints(a, for_dx, a.tdx, for_dw, a.tdy, a.tdw, exec);
+  if (a.tdw) {
+    Operands operands;
+    operands.add(a.x, a.tdy);
+    operands.add(a.tx, a.dy);
+    bilinear_weight_adjoint(a, operands, a.tdy, a.tdw, exec);
+  }
 }
 
 // Appended parameter: y = (x, w) for every sample.

@@ -30,6 +30,7 @@
 // clang-format off
 #include "cpu/simd.inl.h"
 #include "cpu/product.inl.h"
+#include "cpu/dense.inl.h"
 #include "cpu/bilinear.inl.h"
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"
@@ -84,7 +85,7 @@ const Backend<S>& backend() {
       {{squared_error_value, squared_error_hessian},
        {cross_entropy_value, cross_entropy_hessian},
        {gaussian_policy_value, gaussian_policy_hessian}},
-      {descend, scale_by_rates, segment_dots, negative_product, scale, add, mean_rows, gather,
+      {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows, gather,
        scatter, to_channels_last},
       task_slots,
       for_each_task,

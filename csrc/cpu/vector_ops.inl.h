@@ -42,6 +42,10 @@ inline void negative_product(index_t n, const S* g, const S* v, S* out) {
   for (index_t i = 0; i < n; ++i) out[i] = -g[i] * v[i];
 }
 
+inline void update(index_t n, const S* base, S alpha, const S* v, S* out) {
+  for (index_t i = 0; i < n; ++i) out[i] = (base ? base[i] : S(0)) + alpha * v[i];
+}
+
 inline void scale(index_t n, S alpha, const S* v, S* out) {
   for (index_t i = 0; i < n; ++i) out[i] = alpha * v[i];
 }

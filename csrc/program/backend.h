@@ -51,6 +51,8 @@ struct VectorOps {
   void (*segment_dots)(const StepRates<S>&, const S* g, const S* v, S* out);
   // out = -g (.) v
   void (*negative_product)(index_t n, const S* g, const S* v, S* out);
+  // out = base + alpha v (a null base is zero), where base may be out
+  void (*update)(index_t n, const S* base, S alpha, const S* v, S* out);
   // out = alpha v, out += alpha v
   void (*scale)(index_t n, S alpha, const S* v, S* out);
   void (*add)(index_t n, S alpha, const S* v, S* out);

@@ -47,15 +47,23 @@ struct Window {
 struct LayerDesc {
   LayerKind kind = LayerKind::relu;
   Shape in, out;
-  Window window;                           // convolution and pooling
-  bool has_weight = false;                 // weight or scale
-  bool has_bias = false;                   // bias or shift
-  bool relu = false;                       // batch norm only: a ReLU fused behind it
-  double eps = 0, alpha = 0;               // normalisation; slope or alpha of an activation
-  index_t param_offset = 0;                // of the weight, in elements of the engine's layout
-  index_t bias_offset = 0;                 // of the bias, relative to param_offset
-  index_t param_count = 0;                 // weight, padding to a cache line and bias
+  Window window;              // convolution and pooling
+  bool has_weight = false;    // weight or scale
+  bool has_bias = false;      // bias or shift
+  bool relu = false;          // batch norm, dense bilinear: a ReLU fused behind it
+  bool relu_input = false;    // dense bilinear: x is such a ReLU's output, so dx is masked by x > 0
+  double eps = 0, alpha = 0;  // normalisation; slope or alpha of an activation
+  index_t param_offset = 0;   // of the weight, in elements of the engine's layout
+  index_t bias_offset = 0;    // of the bias, relative to param_offset
+  index_t param_count = 0;    // weight, padding to a cache line and bias
+  index_t segment = 0;        // of the weight, among the program's
   const ConvGeometry* geometry = nullptr;  // bilinear only, owned by the program
+
+  // A matrix product per sample or pixel: Linear, and convolutions of single pixels.
+  bool dense() const {
+    return kind == LayerKind::bilinear && window.kernel[0] * window.kernel[1] == 1 &&
+           window.stride[0] * window.stride[1] == 1 && window.padding[0] + window.padding[1] == 0;
+  }
 };
 
 template <class S>
@@ -76,6 +84,10 @@ struct LayerArgs {
   S* tdx = nullptr;                                    // [T, N, in]
   S* tdw = nullptr;                                    // [T, P_l]
   S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
+  // Dense bilinear layers only: dw and tdw are dw_base + scale * the adjoint, with a scale for the
+  // weight and one for the bias. The base may be dw itself; null is zero.
+  const S* dw_base = nullptr;
+  S weight_scale = 1, bias_scale = 1;
 };
 
 // Elements a layer saves per task, and elements of scratch a pass may use.

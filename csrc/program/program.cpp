@@ -99,6 +99,7 @@ class Builder {
     d.has_weight = weight > 0;
     d.has_bias = bias > 0;
     d.param_offset = param_count;
+    d.segment = index_t(parameters.size());
     if (weight > 0) add(spec.name + ".weight", weight, std::move(weight_order));
     d.bias_offset = param_count - d.param_offset;
     if (bias > 0) add(spec.name + ".bias", bias, std::move(bias_order));
@@ -278,15 +279,28 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
 }
 
-// A ReLU behind a batch norm joins it: one sweep over the data instead of two.
+namespace {
+
+// Whether a ReLU joins the layer before it, one sweep over the data instead of two. A dense layer
+// leaves the ReLU's backward passes to the dense layer behind, which masks what it hands down.
+bool joins_relu(const LayerDesc& before, const LayerDesc* behind) {
+  if (before.relu) return false;
+  if (before.kind == LayerKind::batch_norm) return true;
+  return before.dense() && before.out.channels > 1 && behind && behind->dense();
+}
+
+}  // namespace
+
 void Program::fuse() {
   std::vector<LayerDesc> fused;
   std::vector<std::string> names;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const bool joins = layers_[i].kind == LayerKind::relu && !fused.empty() &&
-                       fused.back().kind == LayerKind::batch_norm && !fused.back().relu;
+    const LayerDesc* behind = i + 1 < layers_.size() ? &layers_[i + 1] : nullptr;
+    const bool joins =
+        layers_[i].kind == LayerKind::relu && !fused.empty() && joins_relu(fused.back(), behind);
     if (joins) {
       fused.back().relu = true;
+      if (fused.back().dense()) layers_[i + 1].relu_input = true;
       names.back() += "+" + names_[i];
     } else {
       fused.push_back(layers_[i]);
