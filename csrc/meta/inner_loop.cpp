@@ -79,7 +79,7 @@ class InnerLoop {
       if (call_.query_loss) evaluate(theta, query, base, t, k, exec);
       if (k == call_.steps) break;
       double unused;
-      network_.gradient(theta, support, {&plan_.support, base + plan_.tape}, g, &unused, exec);
+      network_.gradient(theta, support, {&plan_.support, base + plan_.tape}, g, {}, &unused, exec);
       backend_.vector.descend(rates_.at(k), theta, g, theta);
     }
     store_parameters(program_, backend_, theta, call_.adapted, t);

@@ -61,7 +61,7 @@ Batch<S> load_samples(const Program& program, const Backend<S>& backend, const S
                       index_t task, S* staging) {
   const Shape& in = program.input();
   Batch<S> batch;
-  batch.samples = samples.count;
+  batch.samples = batch.total = samples.count;
   batch.x = samples.x + task * samples.count * in.size();
   if (needs_staging(program, samples)) {
     backend.vector.to_channels_last(samples.count, in.channels, in.pixels(), batch.x, staging);
@@ -95,6 +95,9 @@ class RateTable {
   }
 
   index_t row(index_t step) const { return min_of(step, rates_.steps - 1); }
+
+  // The one rate of a scalar layout.
+  S number(index_t step) const { return rates_.values[row(step)]; }
 
   StepRates<S> at(index_t step) const {
     const S* values = table_ + row(step) * width(program_, rates_);

@@ -6,7 +6,8 @@
 //   d / d a_k   = - g_s(theta_k) (.) lambda_{k+1}
 //
 // The meta-gradient is the mean of lambda_0 over tasks; first order leaves the product out. Memory
-// of a task in work: K copies of the parameters and one tape, or K tapes where they fit.
+// of a task in work: K copies of the parameters and one tape, or K tapes where they fit. The layers
+// apply the updates of theta and lambda themselves, where they store a gradient or product.
 
 #include <cmath>
 #include <limits>
@@ -27,6 +28,32 @@ struct MetaPlan {
   index_t slots = 0;
   bool kept = false;
 };
+
+// Per layer: none of its parameters is adapted.
+template <class S>
+std::vector<std::uint8_t> still_layers(const MetaCall<S>& call) {
+  std::vector<std::uint8_t> still;
+  for (const LayerDesc& d : call.program->layers()) {
+    bool any = false;
+    for (index_t i = 0; i < d.segments(); ++i) any |= call.rates.adapted[d.segment + i] != 0;
+    still.push_back(!any);
+  }
+  return still;
+}
+
+// Whether a chain step is lambda -= a (H lambda) with one number a, lambda being zero on layers
+// that stand still, and so needs no direction beside lambda.
+template <class S>
+bool moves_in_place(const MetaCall<S>& call) {
+  const Program& program = *call.program;
+  if (call.rates.layout != RateLayout::scalar) return false;
+  for (const LayerDesc& d : program.layers()) {
+    for (index_t i = 1; i < d.segments(); ++i) {
+      if (call.rates.adapted[d.segment] != call.rates.adapted[d.segment + i]) return false;
+    }
+  }
+  return program.chunk(call.support.count) == call.support.count;
+}
 
 template <class S>
 void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
@@ -49,13 +76,13 @@ index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
   plan.own_theta0 = slot.take(call.params.per_task ? P : 0);
   plan.thetas.assign(K + 1, 0);
   for (index_t k = 1; k <= K; ++k) plan.thetas[k] = slot.take(P);
-  plan.gradient = slot.take(P);
+  plan.gradient = slot.take(call.rates.layout == RateLayout::per_parameter ? P : 0);
   plan.gradients.assign(K, plan.gradient);
   if (call.rate_gradient) {
     for (index_t k = 0; k < K; ++k) plan.gradients[k] = slot.take(P);
     plan.rate_row = slot.take(RateTable<S>::width(program, call.rates));
   }
-  plan.direction = slot.take(call.first_order ? 0 : P);
+  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : P);
   plan.support_x = slot.take(staging_size(program, call.support));
   plan.query_x = slot.take(staging_size(program, call.query));
   plan.tapes.assign(K, 0);
@@ -74,8 +101,8 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   MetaPlan plan;
   plan.slots = call.slots;
   plan.support = plan_tape(program, call.support.count, call.first_order);
-  plan.query = plan_tape(program, call.query.count, true);
-  plan.tangent = plan_tangent(program, call.support.count);
+  plan.query = plan_tape(program, program.chunk(call.query.count), true);
+  plan.tangent = plan_tangent(program, program.chunk(call.support.count));
   plan_shared(call, plan);
   const index_t kept_bytes = plan.slots * call.steps * plan.support.size * index_t(sizeof(S));
   plan.kept = !call.first_order && call.steps > 0 &&
@@ -96,7 +123,9 @@ class MetaGradient {
         network_(program_, backend_),
         shared_(workspace),
         slots_(workspace + plan.shared),
-        rates_(program_, backend_, call.rates, workspace + plan.rates) {}
+        rates_(program_, backend_, call.rates, workspace + plan.rates),
+        still_(still_layers(call)),
+        in_place_(moves_in_place(call)) {}
 
   void run() {
     if (!call_.params.per_task) {
@@ -157,7 +186,7 @@ class MetaGradient {
     const Work w = begin(slot, t, exec);
     const index_t P = program_.param_count(), K = call_.steps;
     for (index_t k = 0; k < K; ++k) inner_step(w, k);
-    backend_.vector.scale(P, S(0), theta(w, K), w.lambda);
+    if (call_.loss_weights[K] == 0) backend_.vector.scale(P, S(0), theta(w, K), w.lambda);
     if (call_.rate_gradient) {
       const index_t n = RateTable<S>::size(program_, call_.rates);
       for (index_t i = 0; i < n; ++i) w.rate_rows[i] = S(0);
@@ -169,22 +198,30 @@ class MetaGradient {
     }
   }
 
+  // theta_{k+1} = theta_k - a_k (.) g_s(theta_k)
   void inner_step(const Work& w, index_t k) const {
     double unused;
+    S* next = w.base + plan_.thetas[k + 1];
+    const StepRates<S> rates = rates_.at(k);
+    if (rates.per_segment && !call_.rate_gradient) {
+      const Update<S> update{theta(w, k), S(-1), rates.per_segment};
+      network_.gradient(theta(w, k), w.support, tape(w, k), next, update, &unused, w.exec);
+      return;
+    }
     S* g = w.base + plan_.gradients[k];
-    network_.gradient(theta(w, k), w.support, tape(w, k), g, &unused, w.exec);
-    backend_.vector.descend(rates_.at(k), theta(w, k), g, w.base + plan_.thetas[k + 1]);
+    network_.gradient(theta(w, k), w.support, tape(w, k), g, {}, &unused, w.exec);
+    backend_.vector.descend(rates, theta(w, k), g, next);
   }
 
-  // lambda += w_k g_q(theta_k)
+  // lambda += w_k g_q(theta_k), which is where lambda starts at the last step
   void add_query_gradient(const Work& w, index_t k) const {
     const double weight = call_.loss_weights[k];
     w.loss[k] = w.accuracy[k] = std::numeric_limits<double>::quiet_NaN();
     if (weight == 0) return;
     const Tape<S> tape{&plan_.query, w.base + plan_.late};
-    S* g = w.base + plan_.gradient;
-    w.loss[k] = network_.gradient(theta(w, k), w.query, tape, g, &w.accuracy[k], w.exec);
-    backend_.vector.add(program_.param_count(), S(weight), g, w.lambda);
+    const Update<S> update{k == call_.steps ? nullptr : w.lambda, S(weight), nullptr};
+    w.loss[k] =
+        network_.gradient(theta(w, k), w.query, tape, w.lambda, update, &w.accuracy[k], w.exec);
   }
 
   // lambda -= H_s(theta_k) [a_k (.) lambda]
@@ -194,17 +231,22 @@ class MetaGradient {
                         w.rate_rows);
     }
     if (call_.first_order) return;
-    S* v = w.base + plan_.direction;
-    S* product = w.base + plan_.gradient;
-    backend_.vector.scale_by_rates(rates_.at(k), w.lambda, v);
     // a lone tape still holds the last inner step
     if (!plan_.kept && k + 1 < call_.steps) {
       double unused;
-      network_.gradient(theta(w, k), w.support, tape(w, k), nullptr, &unused, w.exec);
+      network_.gradient(theta(w, k), w.support, tape(w, k), nullptr, {}, &unused, w.exec);
     }
     const Tangent<S> tangent{&plan_.tangent, w.base + plan_.late};
-    network_.hessian_vector(theta(w, k), v, w.support, tape(w, k), tangent, product, w.exec);
-    backend_.vector.add(program_.param_count(), S(-1), product, w.lambda);
+    if (in_place_) {
+      const Update<S> update{w.lambda, -rates_.number(k), nullptr};
+      network_.hessian_vector(theta(w, k), w.lambda, w.support, tape(w, k), tangent, w.lambda,
+                              update, w.exec, still_.data());
+      return;
+    }
+    S* v = w.base + plan_.direction;
+    backend_.vector.scale_by_rates(rates_.at(k), w.lambda, v);
+    network_.hessian_vector(theta(w, k), v, w.support, tape(w, k), tangent, w.lambda,
+                            {w.lambda, S(-1), nullptr}, w.exec);
   }
 
   // mean over tasks of rows [T, n] at `rows`
@@ -232,6 +274,8 @@ class MetaGradient {
   S* shared_;
   S* slots_;
   RateTable<S> rates_;
+  std::vector<std::uint8_t> still_;
+  bool in_place_;
 };
 
 }  // namespace

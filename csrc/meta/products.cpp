@@ -69,12 +69,12 @@ class Products {
     S* result = base + plan_.result;
     double accuracy;
     if (call_.product == Product::gradient) {
-      call_.loss[t] = network_.gradient(theta, batch, tape, result, &accuracy, exec);
+      call_.loss[t] = network_.gradient(theta, batch, tape, result, {}, &accuracy, exec);
     } else {
       S* v = base + plan_.vector;
       const Tangent<S> tangent{&plan_.tangent, base + plan_.tangent_at};
       load_parameters(program_, backend_, call_.vector, t, v);
-      network_.gradient(theta, batch, tape, nullptr, &accuracy, exec);
+      network_.gradient(theta, batch, tape, nullptr, {}, &accuracy, exec);
       curvature(theta, v, batch, tape, tangent, result, exec);
     }
     store_parameters(program_, backend_, result, call_.result, t);
@@ -83,12 +83,12 @@ class Products {
   void curvature(const S* theta, const S* v, const Batch<S>& batch, const Tape<S>& tape,
                  const Tangent<S>& tangent, S* result, const Exec& exec) const {
     if (call_.product == Product::hessian) {
-      network_.hessian_vector(theta, v, batch, tape, tangent, result, exec);
+      network_.hessian_vector(theta, v, batch, tape, tangent, result, {}, exec);
       return;
     }
     network_.tangent_forward(theta, v, batch, tape, tangent, exec);
     network_.loss_hessian(batch, tape, tangent, tangent.tdz(), exec);
-    network_.backward(theta, batch, tape, tangent.tdz(), result, exec);
+    network_.backward(theta, batch, tape, tangent.tdz(), result, {}, exec);
   }
 
   void forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, index_t t,

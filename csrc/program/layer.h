@@ -59,6 +59,7 @@ struct LayerDesc {
   index_t segment = 0;        // of the weight, among the program's
   const ConvGeometry* geometry = nullptr;  // bilinear only, owned by the program
 
+  index_t segments() const { return (has_weight ? 1 : 0) + (has_bias ? 1 : 0); }
   // A matrix product per sample or pixel: Linear, and convolutions of single pixels.
   bool dense() const {
     return kind == LayerKind::bilinear && window.kernel[0] * window.kernel[1] == 1 &&

@@ -26,6 +26,9 @@ TapePlan plan_tape(const Program& program, index_t samples, bool lean) {
   }
   for (size_t l = 0; l < layers.size(); ++l) {
     plan.y.push_back(arena.take(samples * layers[l].out.size()));
+    plan.y_size.push_back(layers[l].out.size());
+    plan.dx_size.push_back(layers[l].in.size());
+    plan.saved_size.push_back(saved_count(layers[l], 1));
     plan.saved.push_back(arena.take(saved_count(layers[l], samples)));
     const bool wanted = index_t(l) > program.first_trainable();
     plan.dx.push_back(!wanted ? 0
@@ -33,6 +36,7 @@ TapePlan plan_tape(const Program& program, index_t samples, bool lean) {
                               : arena.take(samples * layers[l].in.size()));
   }
   plan.dz = arena.take(samples * program.output().size());
+  plan.dz_size = program.output().size();
   plan.size = arena.size();
   return plan;
 }
@@ -49,10 +53,14 @@ TangentPlan plan_tangent(const Program& program, index_t samples) {
   return plan;
 }
 
+index_t scratch_before_update(const LayerDesc& layer, index_t samples) {
+  return align_up(scratch_count(layer, samples), kAlignment / index_t(sizeof(float)));
+}
+
 index_t plan_scratch(const Program& program, index_t samples) {
   index_t largest = 0;
   for (const LayerDesc& layer : program.layers()) {
-    largest = max_of(largest, scratch_count(layer, samples));
+    largest = max_of(largest, scratch_before_update(layer, samples) + layer.param_count);
   }
   return largest;
 }

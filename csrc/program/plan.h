@@ -28,7 +28,8 @@ class Arena {
 struct TapePlan {
   index_t samples = 0;
   std::vector<index_t> y, dx, saved;  // per layer; dx of a layer is the adjoint of its input
-  index_t dz = 0;                     // adjoint of the output
+  std::vector<index_t> y_size, dx_size, saved_size;  // elements of one sample
+  index_t dz = 0, dz_size = 0;                       // adjoint of the output
   index_t size = 0;
 };
 
@@ -43,7 +44,9 @@ struct TangentPlan {
 
 TangentPlan plan_tangent(const Program& program, index_t samples);
 
-// Elements of scratch that the layers of a program ask for.
+// Elements of scratch that the layers of a program ask for, and where behind a layer's own there is
+// room for its parameters.
+index_t scratch_before_update(const LayerDesc& layer, index_t samples);
 index_t plan_scratch(const Program& program, index_t samples);
 
 }  // namespace fm

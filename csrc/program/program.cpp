@@ -276,6 +276,7 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   param_count_ = b.param_count;
   for (const Parameter& p : parameters_) segments_.push_back({p.offset, p.count});
   fuse();
+  choose_chunk();
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
 }
 
@@ -309,6 +310,18 @@ void Program::fuse() {
   }
   layers_ = std::move(fused);
   names_ = std::move(names);
+}
+
+void Program::choose_chunk() {
+  constexpr index_t kCacheBytes = 640 << 10, kLeast = 64;
+  index_t elements = input_.size();  // of a sample: outputs, adjoints and the tangents of both
+  for (const LayerDesc& d : layers_) {
+    const bool across = d.kind == LayerKind::batch_norm || d.in.pixels() > 1 ||
+                        (d.kind == LayerKind::bilinear && !d.dense());
+    if (across) return;
+    elements += 4 * d.out.size();
+  }
+  chunk_ = max_of(kLeast, kCacheBytes / (index_t(sizeof(float)) * elements) / 16 * 16);
 }
 
 double Program::loss_scale(index_t samples) const {

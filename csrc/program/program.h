@@ -52,11 +52,15 @@ class Program {
   LossKind loss() const { return loss_; }
   double loss_scale(index_t samples) const;
   index_t target_size() const;  // elements of one sample's target, 1 for a label
+  // Samples that pass through all layers together, the others following: all of them where a layer
+  // looks across samples or over an image, else as many as the second-level cache holds.
+  index_t chunk(index_t samples) const { return chunk_ > 0 ? min_of(chunk_, samples) : samples; }
   // First layer with parameters: nothing before it needs a gradient.
   index_t first_trainable() const { return first_trainable_; }
 
  private:
   void fuse();
+  void choose_chunk();
 
   Shape input_, output_;
   std::vector<LayerDesc> layers_;
@@ -64,7 +68,7 @@ class Program {
   std::vector<Parameter> parameters_;
   std::vector<Segment> segments_;
   std::vector<std::unique_ptr<ConvGeometry>> geometries_;
-  index_t param_count_ = 0, first_trainable_ = 0;
+  index_t param_count_ = 0, first_trainable_ = 0, chunk_ = 0;
   LossKind loss_ = LossKind::squared_error;
   bool sum_over_ways_ = false;
 };
