@@ -1,12 +1,13 @@
 """001: register tiles for a product 40 columns wide.
 
 Question:
-    The hidden layers of the sinusoid's network are y [10, 40] = x [10, 40] w [40, 40]:
+    The hidden layer of the sinusoid's network is y [10, 40] = x [10, 40] w [40, 40]:
     40 columns are two and a half vectors of 16. Which way of taking the half is the
-    fastest on AVX-512: (a) as the engine does, tiles of up to 12 rows by 2 vectors, then
-    by 1 masked vector; (b) tiles of 5 rows by 3 vectors, the third masked, so that x is
-    broadcast once for all columns; (c) 5 rows by 2 vectors and a half vector of 8 lanes;
-    (d) 10 rows by 2 vectors, then 5 tails of two rows each, both rows in one vector?
+    fastest on AVX-512? (a) As the engine does, tiles of up to 12 rows by 2 vectors,
+    then by 1 masked vector. (b) Tiles of 5 rows by 3 vectors, the third masked, so
+    that x is broadcast once for all columns; and of 10 rows, which spills. (c) 5 rows
+    by 2 vectors and a half vector of 8 lanes. (d) 10 rows by 2 vectors, then 5 tails
+    of two rows each, both rows in one vector.
 
 Prediction:
     Multiply-adds of 512 bits start once a cycle: (a) and (b) take 3 for each row and
@@ -101,7 +102,8 @@ void paired_tails(const float* x, const float* w, float* y) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     _mm256_storeu_ps(y + 2 * p * C + 32, _mm512_castps512_ps256(__m512(acc[p])));
-    _mm256_storeu_ps(y + (2 * p + 1) * C + 32, _mm512_extractf32x8_ps(__m512(acc[p]), 1));
+    const __m256 upper = _mm512_extractf32x8_ps(__m512(acc[p]), 1);
+    _mm256_storeu_ps(y + (2 * p + 1) * C + 32, upper);
   }
 }
 

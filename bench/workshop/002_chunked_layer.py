@@ -31,7 +31,9 @@ void tile(const float* x, const float* w, float* y, __mmask16 mask) {
   for (long k = 0; k < C; ++k) {
     V row[L];
 #pragma GCC unroll 2
-    for (int n = 0; n < L - 1; ++n) row[n] = *reinterpret_cast<const V*>(w + k * C + n * 16);
+    for (int n = 0; n < L - 1; ++n) {
+      row[n] = *reinterpret_cast<const V*>(w + k * C + n * 16);
+    }
     row[L - 1] = V(_mm512_maskz_loadu_ps(mask, w + k * C + (L - 1) * 16));
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
@@ -43,7 +45,9 @@ void tile(const float* x, const float* w, float* y, __mmask16 mask) {
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < L - 1; ++n) *reinterpret_cast<V*>(y + m * C + n * 16) = acc[m][n];
+    for (int n = 0; n < L - 1; ++n) {
+      *reinterpret_cast<V*>(y + m * C + n * 16) = acc[m][n];
+    }
     _mm512_mask_storeu_ps(y + m * C + (L - 1) * 16, mask, __m512(acc[m][L - 1]));
   }
 }
@@ -68,7 +72,8 @@ void relu(const float* x, float* y, long n) {
 }
 
 int main() {
-  Floats x(N * C), w1(C * C, 0.01f), w2(C * C, 0.01f), a(N * C), b(N * C), c(N * C), d(N * C);
+  Floats w1(C * C, 0.01f), w2(C * C, 0.01f);
+  Floats x(N * C), a(N * C), b(N * C), c(N * C), d(N * C);
   for (long chunk : {250L, 500L, 1000L, 2000L, 4000L}) {
     const double s = best(20, [&] {
       for (long at = 0; at < N; at += chunk) {

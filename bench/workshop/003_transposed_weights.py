@@ -1,10 +1,10 @@
 """003: what transposing the weights costs, against the product it serves.
 
 Question:
-    dx = dy w' reads the weights transposed; the engine transposes them in every backward
-    pass, once per task and layer. What part of the pass is that for w [40, 40] with 10
-    samples, w [100, 100] with 4000, and the nine w [64, 64] of a convolution at 5
-    samples of 4 x 4 pixels with all taps inside?
+    dx = dy w' reads the weights transposed; the engine transposes them in every
+    backward pass, once per task and layer. What part of the pass is that for w
+    [40, 40] with 10 samples, w [100, 100] with 4000, and the nine w [64, 64] of a
+    convolution at 5 samples of 4 x 4 pixels with all taps inside?
 
 Prediction:
     A transpose of 16 x 16 in registers takes 64 shuffles, one or two a cycle, so some
@@ -49,15 +49,16 @@ void transpose(const float* src, long rows, long columns, float* dst) {
       V v[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        v[i] = r + i < rows ? V(_mm512_maskz_loadu_ps(first(columns - c),
-                                                      src + (r + i) * columns + c))
-                            : V{};
+        const float* row = src + (r + i) * columns + c;
+        const __mmask16 mask = first(columns - c);
+        v[i] = r + i < rows ? V(_mm512_maskz_loadu_ps(mask, row)) : V{};
       }
       steps<8>(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         if (c + i < columns) {
-          _mm512_mask_storeu_ps(dst + (c + i) * rows + r, first(rows - r), __m512(v[i]));
+          float* to = dst + (c + i) * rows + r;
+          _mm512_mask_storeu_ps(to, first(rows - r), __m512(v[i]));
         }
       }
     }
@@ -71,7 +72,8 @@ void tile(const float* x, const float* w, float* y, long K, long C, __mmask16 ma
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int n = 0; n < L; ++n) {
-      acc[m][n] = V(_mm512_maskz_loadu_ps(n == L - 1 ? mask : 0xffff, y + m * C + n * 16));
+      const __mmask16 part = n == L - 1 ? mask : 0xffff;
+      acc[m][n] = V(_mm512_maskz_loadu_ps(part, y + m * C + n * 16));
     }
   }
   for (long k = 0; k < K; ++k) {
@@ -91,7 +93,8 @@ void tile(const float* x, const float* w, float* y, long K, long C, __mmask16 ma
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int n = 0; n < L; ++n) {
-      _mm512_mask_storeu_ps(y + m * C + n * 16, n == L - 1 ? mask : 0xffff, __m512(acc[m][n]));
+      float* to = y + m * C + n * 16;
+      _mm512_mask_storeu_ps(to, n == L - 1 ? mask : 0xffff, __m512(acc[m][n]));
     }
   }
 }
