@@ -15,7 +15,7 @@ FM_CEILING_TARGET inline double multiply_adds(index_t rounds) {
   const V a = factor, b = term;
   V chain[kChains];
 #pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) chain[i] = b;
+  for (int i = 0; i < kChains; ++i) chain[i] = b * float(i + 1);  // equal ones would be one
   for (index_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 32
     for (int i = 0; i < kChains; ++i) chain[i] = chain[i] * a + b;
