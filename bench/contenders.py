@@ -2,9 +2,10 @@
 
 A contender computes one meta-gradient (loss and gradients of all parameters, averaged
 over tasks) or one meta-step (that, and Adam). Each gets its inputs in its own arrays
-before the clock runs. Adam is the same everywhere: torch's fused one, JAX's inside
-the jitted step. Its rate is tiny, so thousands of timed steps stay where they are and
-every contender works on the same numbers.
+before the clock runs; fastmaml also takes whole training steps, which draw their tasks
+first. Adam is the same everywhere: torch's fused one, JAX's inside the jitted step.
+Its rate is tiny, so thousands of timed steps stay where they are and every contender
+works on the same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from bench import peers, peers_jax
 from bench.workloads import Workload
-from fastmaml import MAML
+from fastmaml import MAML, _native
 from fastmaml.models import batch_norm_parameters
 from fastmaml.tasks.batch import TaskBatch
 
@@ -39,6 +40,8 @@ class Contender:
         meta_gradient: returns (loss, gradients), finished.
         meta_step: changes the contender's own parameters, finished.
         gradients: turns ``meta_gradient``'s second result into torch tensors.
+        training_step: draws tasks and takes a meta-step on them; ``None`` for peers,
+            and where a workload's tasks come from elsewhere.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Contender:
     meta_gradient: Callable[[Any], tuple[Any, Any]]
     meta_step: Callable[[Any], object]
     gradients: Callable[[Any], dict[str, Tensor]]
+    training_step: Callable[[], object] | None = None
 
 
 def make_learner(workload: Workload, engine: Engine, model: nn.Module) -> MAML:
@@ -62,27 +66,46 @@ def make_learner(workload: Workload, engine: Engine, model: nn.Module) -> MAML:
 
 
 def ours(workload: Workload, engine: Engine = "native") -> Contender:
-    """Makes fastmaml's contender.
+    """Makes fastmaml's contender, as a user's training loop has it.
 
-    Both functions go through the public learner: ``meta_loss(tasks).backward()`` is
-    what a user's loop calls, bookkeeping included.
+    What a loop calls stands in the first three functions alone, bookkeeping included:
+    the gradient into ``.grad``, the outer optimizer, the sampler.
     """
     model = workload.model()
     learner = make_learner(workload, engine, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=OUTER_RATE, fused=True)
+    sampler = (
+        None
+        if workload.source is None
+        else workload.source(workload.support, workload.query)
+    )
 
-    def meta_gradient(tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def backward(tasks: TaskBatch) -> Tensor:
         optimizer.zero_grad()
         loss = learner.meta_loss(tasks)
         loss.backward()
-        return loss, {n: p.grad for n, p in model.named_parameters()}
+        return loss
 
     def meta_step(tasks: TaskBatch) -> None:
-        meta_gradient(tasks)
+        backward(tasks)
         optimizer.step()
 
-    name = OURS if engine == "native" else f"{OURS} ({engine} engine)"
-    return Contender(name, lambda tasks: tasks, meta_gradient, meta_step, dict)
+    def training_step() -> None:
+        assert sampler is not None
+        meta_step(sampler.sample(workload.tasks))
+
+    def meta_gradient(tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
+        loss = backward(tasks)
+        return loss, {n: p.grad for n, p in model.named_parameters()}
+
+    return Contender(
+        OURS if engine == "native" else f"{OURS} ({engine} engine)",
+        lambda tasks: tasks,
+        meta_gradient,
+        meta_step,
+        dict,
+        None if sampler is None else training_step,
+    )
 
 
 def torch_peer(workload: Workload, name: str) -> Contender:
@@ -159,6 +182,12 @@ def make(workload: Workload, name: str) -> Contender:
 def compiles(name: str) -> bool:
     """Whether a contender's first call compiles for long enough to need a limit."""
     return name == "vmap + torch.compile" or name in peers_jax.PEERS
+
+
+def native_missing() -> str | None:
+    """Returns why fastmaml's native engine can't run here, or ``None``."""
+    reason = _native.unavailable()
+    return None if reason is None else reason.splitlines()[0]
 
 
 def reason_to_skip(workload: Workload, name: str, compile_all: bool) -> str | None:

@@ -6,10 +6,10 @@ With F the multiply-adds of a forward pass over one sample and F1 those of its f
 layer:
 
     gradient                 3F - F1    forward, dw, and dx of all layers but the first
-    Hessian-vector product   6F - 3F1   every product has two operands that carry
+    Hessian-vector product   6F - 4F1   every product has two operands that carry
                                         tangents; inputs carry none, so the first
                                         layer has one product less in the tangent of
-                                        the forward pass and no tdx
+                                        the forward pass and in tdw, and no tdx
     meta-gradient            T (K S (gradient + product) + Q gradient)
 
 The gradient of step k is counted once: the product reuses its activations.
@@ -101,7 +101,7 @@ def meta_gradient_macs(
 ) -> int:
     """Multiply-adds of a second-order meta-gradient (formula at the file's top)."""
     gradient = 3 * forward.total - forward.first
-    product = 6 * forward.total - 3 * forward.first
+    product = 6 * forward.total - 4 * forward.first
     return tasks * (steps * support * (gradient + product) + query * gradient)
 
 
@@ -127,15 +127,29 @@ def cost(workload: Workload) -> Cost:
     )
 
 
-def matrix_peak(size: int = 2048, repeats: int = 8) -> float:
+def matrix_peak(
+    size: int = 2048, repeats: int = 8, threads: int | None = None
+) -> float:
     """Measures the best float32 matrix product, in operations a second.
 
-    Torch's own product of two square matrices on all its threads: what a library
-    reaches here, not what the data sheet says.
+    Torch's own product of two square matrices: what a library reaches here, not what
+    the data sheet says.
+
+    Args:
+        size: of the matrices.
+        repeats: of which the best counts.
+        threads: of torch, by default as many as it has.
     """
-    a, b, out = (torch.rand(size, size) for _ in range(3))
-    torch.mm(a, b, out=out)
-    best = min(time_call(lambda: torch.mm(a, b, out=out), 1) for _ in range(repeats))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        a, b, out = (torch.rand(size, size) for _ in range(3))
+        torch.mm(a, b, out=out)
+        best = min(
+            time_call(lambda: torch.mm(a, b, out=out), 1) for _ in range(repeats)
+        )
+    finally:
+        torch.set_num_threads(before)
     return 2 * size**3 / best
 
 

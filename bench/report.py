@@ -2,10 +2,12 @@
 
     python bench/report.py              # the newest full CPU result -> README.md
     python bench/report.py --check      # exit 1 if the README differs from that
+    python bench/report.py --figures bench/results/figures
 
 The section stands between two markers; everything in it comes from the JSON file it
 names, so no figure is typed by hand. Quick runs are not reported; without any result
-the section is empty.
+the section is empty. Figures in the folder ``figures`` beside the results are shown in
+it; ``--check`` also fails when one was drawn from anything but the newest results.
 """
 
 from __future__ import annotations
@@ -13,20 +15,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # where this file runs as a script
+from bench import stamps, targets  # noqa: E402
+from bench.targets import NONE, digits  # noqa: E402
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-OURS = "fastmaml"
-NONE = "–"
+
+KINDS = ("speed", "growth")
 
 Result = dict[str, Any]
+Results = Mapping[str, "Result | None"]
 
 
-def newest(folder: Path, device: str = "cpu") -> Path | None:
+def newest(folder: Path, device: str = "cpu", kind: str = "speed") -> Path | None:
     """Returns the latest full result of a device, by the date inside the file.
+
+    Args:
+        folder: of the results.
+        device: that it was measured on.
+        kind: ``speed`` (``bench.run``), ``growth`` or ``layers``.
 
     Returns:
         Its path, or ``None`` if there is none.
@@ -34,19 +46,13 @@ def newest(folder: Path, device: str = "cpu") -> Path | None:
     dated = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if result["device"] == device and not result["quick"]:
+        alike = (result["device"], result.get("kind", "speed")) == (device, kind)
+        if alike and not result["quick"]:
             dated.append((result["date"], path))
     return max(dated)[1] if dated else None
 
 
 # -- cells --------------------------------------------------------------------------
-
-
-def digits(value: float, significant: int = 3) -> str:
-    """Formats a number with three significant digits, all of those before the point."""
-    exponent = int(f"{value:.{significant - 1}e}".split("e")[1])
-    places = max(significant - 1 - exponent, 0) if value else 0
-    return f"{value:,.{places}f}"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -59,16 +65,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int) -> str
     return "\n".join([_line(head), _line(rule), *map(_line, rows)])
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith(OURS)
-
-
 def _contenders(result: Result) -> list[str]:
     """Names in order of first appearance, fastmaml's first, without the all-skipped."""
     seen = dict.fromkeys(
         n for w in result["workloads"].values() for n in w["contenders"]
     )
-    return sorted(seen, key=lambda name: not _is_ours(name))
+    return sorted(seen, key=lambda name: not targets.is_ours(name))
 
 
 def _best_peer(workload: Result, quantity: str) -> tuple[str, float] | None:
@@ -76,7 +78,7 @@ def _best_peer(workload: Result, quantity: str) -> tuple[str, float] | None:
     ratios = {
         name: row[quantity]["ratio"]["median"]
         for name, row in workload["contenders"].items()
-        if not _is_ours(name) and "ratio" in row[quantity]
+        if not targets.is_ours(name) and "ratio" in row[quantity]
     }
     if not ratios:
         return None
@@ -109,13 +111,22 @@ def speed_table(result: Result) -> str:
     for workload in result["workloads"].values():
         field = workload["contenders"]
         fastest = min(field, key=lambda n: field[n]["meta_gradient"]["median"])
-        mine = next((row for n, row in field.items() if _is_ours(n)), None)
+        mine = next((row for n, row in field.items() if targets.is_ours(n)), None)
         row = [workload["title"], workload["work"]]
         row += [_times_cell(workload, name, fastest) for name in names]
         row += [_factor(workload, q) for q in ("meta_gradient", "meta_step")]
         row += [NONE if mine is None else digits(mine["percent_of_peak"], 2)]
         rows.append(row)
     return _table(head, rows, 2)
+
+
+def targets_table(result: Result) -> str:
+    """One row a workload: the best peer, how far ahead we are, and how far we aim.
+
+    Without fastmaml in the result there is no table.
+    """
+    rows = [targets.cells(standing) for standing in targets.of_result(result)]
+    return _table(targets.HEAD, rows, 1) if rows else ""
 
 
 def _megabytes(run: Result) -> str:
@@ -163,7 +174,7 @@ def _worst_error(result: Result, ours: bool) -> str:
         row["error"]
         for workload in result["workloads"].values()
         for name, row in workload["contenders"].items()
-        if _is_ours(name) == ours
+        if targets.is_ours(name) == ours
     ]
     return f"{max(errors):.0e}" if errors else NONE
 
@@ -175,8 +186,9 @@ def provenance(result: Result, source: str) -> str:
     state = " with local changes" if result["modified"] else ""
     return (
         "Medians of interleaved rounds in one process, float32, second order; ratios "
-        "are medians over rounds, `with Adam` is that of a whole meta-step. `% of "
-        "peak` is fastmaml's rate by that of torch's matrix product in the same run, "
+        "are medians over rounds, `with Adam` is that of a whole meta-step; a training "
+        "step also draws its tasks. `% of peak` is fastmaml's rate by that of torch's "
+        "matrix product in the same run, "
         f"{peak['matrix_flops'] / 1e9:,.0f} GFLOP/s; where the library leaves some of "
         "the hardware unused, more than 100 is possible. Below 1×, the peer is faster. "
         "Largest relative error against "
@@ -193,7 +205,7 @@ def provenance(result: Result, source: str) -> str:
 
 def section(result: Result, source: str) -> str:
     """Returns everything between the markers."""
-    parts = [speed_table(result)]
+    parts = [speed_table(result), targets_table(result)]
     if "memory" in result:
         title = result["workloads"].get(result["memory"]["workload"], {}).get("title")
         parts += (
@@ -227,43 +239,54 @@ def _relative(path: Path, base: Path) -> str:
     return str(path.relative_to(base)) if path.is_relative_to(base) else path.name
 
 
-def _draw(result: Result, folder: Path) -> None:
-    sys.path.append(str(ROOT))  # where this file runs as a script
-    from bench import figures
-
-    figures.draw(result, folder)
+def pictures(folder: Path, results: Results, base: Path) -> str:
+    """Markdown of the figures that stand in a folder, in a fixed order."""
+    lines = [
+        f"![{title}]({_relative(folder / name, base)})"
+        for name, title in stamps.names(results).items()
+        if (folder / name).is_file()
+    ]
+    return "\n\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes or checks the README.
+    """Writes or checks the README, and draws figures.
 
     Returns:
-        0, or 1 if the README has no markers or ``--check`` finds it stale.
+        0, or 1 if the README has no markers or ``--check`` finds it or a figure stale.
     """
     parser = argparse.ArgumentParser(prog="python bench/report.py", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="change nothing")
-    parser.add_argument("--figures", type=Path, help="folder for PNG figures")
+    parser.add_argument(
+        "--figures", type=Path, help="draw PNG figures into this folder"
+    )
     options = parser.parse_args(argv)
-    source = newest(options.results)
-    result = None if source is None else json.loads(source.read_text())
+    sources = {kind: newest(options.results, kind=kind) for kind in KINDS}
+    results = {k: p and json.loads(p.read_text()) for k, p in sources.items()}
+    folder, base = options.results / "figures", options.readme.parent
+    if options.figures is not None and not options.check:
+        from bench import figures
+
+        figures.draw(results, options.figures)
     body, text = "", options.readme.read_text()
-    if source is not None and result is not None:
-        body = section(result, _relative(source, options.readme.parent))
+    if sources["speed"] is not None and results["speed"] is not None:
+        body = section(results["speed"], _relative(sources["speed"], base))
+        body = "\n\n".join(filter(None, [body, pictures(folder, results, base)]))
     try:
         new = updated(text, body)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    if options.check:
-        if new != text:
-            print(f"{options.readme.name}: stale, run {parser.prog}", file=sys.stderr)
-        return int(new != text)
-    options.readme.write_text(new)
-    if options.figures is not None and result is not None:
-        _draw(result, options.figures)
-    return 0
+    if not options.check:
+        options.readme.write_text(new)
+        return 0
+    wrong = [f"{options.readme.name}: stale"] if new != text else []
+    wrong += stamps.stale(folder, results)
+    for line in wrong:
+        print(f"{line}, run {parser.prog} --figures {folder}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ from fastmaml.tasks.batch import TaskBatch
 
 BATCHES = 3  # distinct meta-batches that every contender cycles through
 WRONG = 0.05  # relative error above which a contender is not computing the same thing
+TRAINING, BARE = "training step of ", "meta-gradient of "  # beside the meta-steps
 QUICK = Plan(rounds=5, min_rounds=2, budget=1.0, min_sample=0.02)
 
 Result = dict[str, Any]
 Log = Callable[[str], None]
 
 
-def _milliseconds(summary: timing.Summary) -> Result:
+def milliseconds(summary: timing.Summary) -> Result:
+    """Turns a summary in seconds into one in milliseconds, ready for JSON."""
     scaled = {k: 1e3 * v for k, v in dataclasses.asdict(summary).items()}
     return {**scaled, "samples": summary.samples}
 
@@ -84,7 +86,8 @@ class Field:
     """Who takes part in a workload.
 
     Attributes:
-        calls: name -> quantity (``meta_gradient``, ``meta_step``) -> call.
+        calls: name -> quantity (``meta_gradient``, ``meta_step``, and for fastmaml
+            ``training_step``) -> call.
         rows: name -> what is known beside the times.
         skipped: name -> reason.
     """
@@ -144,6 +147,9 @@ def _enter(
         "meta_gradient": timing.cycle(contender.meta_gradient, inputs),
         "meta_step": timing.cycle(contender.meta_step, inputs),
     }
+    if contender.training_step is not None:
+        contender.training_step()
+        field.calls[name]["training_step"] = contender.training_step
 
 
 def assemble(workload: Workload, options: argparse.Namespace, log: Log) -> Field:
@@ -168,6 +174,44 @@ def assemble(workload: Workload, options: argparse.Namespace, log: Log) -> Field
     return field
 
 
+def _training_calls(field: Field) -> dict[str, timing.Call]:
+    """Whole training steps, and beside each the meta-gradient alone."""
+    calls = {}
+    for name, quantities in field.calls.items():
+        if "training_step" in quantities:
+            calls[TRAINING + name] = quantities["training_step"]
+            calls[BARE + name] = quantities["meta_gradient"]
+    return calls
+
+
+def _summary(
+    samples: Mapping[int, float], against: Mapping[int, float] | None
+) -> Result:
+    row = milliseconds(timing.summarize(list(samples.values())))
+    if against:
+        row["ratio"] = dataclasses.asdict(timing.ratio(samples, against))
+    return row
+
+
+def overhead(step: Mapping[int, float], bare: Mapping[int, float]) -> Result:
+    """What a training step takes beyond its meta-gradient, within rounds.
+
+    Args:
+        step: round -> seconds of sampling, meta-gradient and Adam.
+        bare: round -> seconds of the meta-gradient alone.
+
+    Returns:
+        Summaries ``microseconds``, and ``percent`` of the meta-gradient.
+    """
+    both = sorted(step.keys() & bare.keys())
+    extra = [1e6 * (step[r] - bare[r]) for r in both]
+    percent = [100 * (step[r] / bare[r] - 1) for r in both]
+    return {
+        "microseconds": dataclasses.asdict(timing.summarize(extra)),
+        "percent": dataclasses.asdict(timing.summarize(percent)),
+    }
+
+
 def run_workload(
     workload: Workload, options: argparse.Namespace, plan: Plan, log: Log
 ) -> Result:
@@ -177,13 +221,16 @@ def run_workload(
     first = next((n for n in field.calls if n.startswith(OURS)), None)
     for quantity in ("meta_gradient", "meta_step"):
         calls = {name: pair[quantity] for name, pair in field.calls.items()}
+        if quantity == "meta_step":
+            calls.update(_training_calls(field))
         times = timing.interleave(calls, plan)
-        for name, samples in times.items():
-            summary = timing.summarize(list(samples.values()))
-            rows[name][quantity] = _milliseconds(summary)
-            if first is not None:
-                against = dataclasses.asdict(timing.ratio(samples, times[first]))
-                rows[name][quantity]["ratio"] = against
+        for name in field.calls:
+            rows[name][quantity] = _summary(times[name], first and times[first])
+        for name in field.calls:
+            if TRAINING + name in times:
+                step, bare = times[TRAINING + name], times[BARE + name]
+                rows[name]["training_step"] = _summary(step, None)
+                rows[name]["overhead"] = overhead(step, bare)
     for name, row in rows.items():
         log(f"  {name}: {row['meta_gradient']['median']:.3f} ms")
     spent = cost.cost(workload)

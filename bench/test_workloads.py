@@ -34,12 +34,17 @@ def _check_runnable(workload, name):
 
 @pytest.mark.parametrize("name", contenders.names())
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS.keys())
-@pytest.mark.parametrize("quantity", ["meta_gradient", "meta_step"])
-def test_speed(benchmark, peak, quantity, workload, name):
+@pytest.mark.parametrize("quantity", ["meta_gradient", "meta_step", "training_step"])
+def test_speed(benchmark, record, peak, quantity, workload, name):
     _check_runnable(workload, name)
     contender = contenders.make(workload, name)
-    inputs = [contender.prepare(workload.batch(seed)) for seed in range(3)]
-    call = cycle(getattr(contender, quantity), inputs)
+    if quantity == "training_step":
+        if contender.training_step is None:
+            pytest.skip("takes its tasks from outside")
+        call = contender.training_step
+    else:
+        inputs = [contender.prepare(workload.batch(seed)) for seed in range(3)]
+        call = cycle(getattr(contender, quantity), inputs)
     call()
     once = time_call(call, 1)
     iterations = max(1, round(0.02 / once))
@@ -51,7 +56,10 @@ def test_speed(benchmark, peak, quantity, workload, name):
     flops = cost.cost(workload).flops
     median = benchmark.stats.stats.median
     benchmark.extra_info["gflop"] = flops / 1e9
-    benchmark.extra_info["percent_of_peak"] = cost.percent_of_peak(flops, median, peak)
+    percent = cost.percent_of_peak(flops, median, peak)
+    benchmark.extra_info["percent_of_peak"] = percent
+    ours = name == contenders.OURS and quantity == "meta_gradient"
+    record(workload.name, quantity, name, median, percent if ours else None)
 
 
 def test_left_out_peers_have_reasons():

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml import models
+from fastmaml.tasks import FewShotImages, Sinusoid
 from fastmaml.tasks.batch import TaskBatch
+from fastmaml.tasks.sampler import TaskSampler
 
 WAYS = 5
 OBSERVATIONS, ACTIONS = 20, 6
+CLASSES, DRAWINGS = 100, 20  # of the images that whole training steps draw from
 
 Loss = Literal["mse", "cross_entropy", "policy_gradient"]
 Samples = Callable[[torch.Generator, int, int, int], tuple[Tensor, ...]]
@@ -43,6 +46,8 @@ class Workload:
         query: Q.
         steps: K.
         inner_lr: rate of the inner steps.
+        source: (support, query) -> the sampler that training would draw from; ``None``
+            where tasks come from elsewhere, such as an environment.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Workload:
     query: int
     steps: int
     inner_lr: float
+    source: Callable[[int, int], TaskSampler] | None = None
 
     def model(self, seed: int = 0) -> nn.Module:
         """Makes the network from a seed, leaving torch's own generator alone."""
@@ -121,6 +127,20 @@ def _images(channels: int, size: int) -> Samples:
     return sample
 
 
+def _few_shot(channels: int, size: int) -> Callable[[int, int], TaskSampler]:
+    """Makes a sampler over images of noise."""
+
+    def source(support: int, query: int) -> TaskSampler:
+        generator = torch.Generator().manual_seed(0)
+        shape = (CLASSES, DRAWINGS, channels, size, size)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return FewShotImages(
+            images, ways=WAYS, shots=support // WAYS, queries=query // WAYS
+        )
+
+    return source
+
+
 def _trajectories(
     generator: torch.Generator, tasks: int, support: int, query: int
 ) -> tuple[Tensor, ...]:
@@ -145,6 +165,7 @@ _SINUSOID = Workload(
     query=10,
     steps=1,
     inner_lr=0.01,
+    source=Sinusoid,
 )
 _OMNIGLOT = Workload(
     name="omniglot-conv-1",
@@ -157,6 +178,7 @@ _OMNIGLOT = Workload(
     query=5,
     steps=1,
     inner_lr=0.4,
+    source=_few_shot(1, 28),
 )
 
 WORKLOADS: dict[str, Workload] = {
@@ -183,6 +205,7 @@ WORKLOADS: dict[str, Workload] = {
             query=75,
             steps=5,
             inner_lr=0.01,
+            source=_few_shot(3, 84),
         ),
         Workload(
             name="policy",

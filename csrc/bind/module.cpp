@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind/bench.h"
 #include "common/error.h"
 #include "cpu/backend_cpu.h"
 #include "cpu/parallel.h"
@@ -231,4 +232,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("use_isa", &cpu::use_isa);
+  define_bench(m);
 }
