@@ -210,9 +210,15 @@ inline void gather_product(const GatherProduct& p, const Exec& exec) {
   const auto tiles_of = [&](const PixelGroup& group) {
     return (p.images * index_t(group.rows.size()) + kTileRows - 1) / kTileRows;
   };
-  index_t total = 0;
-  for (const PixelGroup& group : p.table->groups) total += blocks * tiles_of(group);
-  parallel(exec, total, 1, [&](index_t begin, index_t end) {
+  index_t total = 0, taps = 0;
+  for (const PixelGroup& group : p.table->groups) {
+    total += blocks * tiles_of(group);
+    index_t of_group = 0;
+    for (const TapRun& run : group.runs) of_group += run.length;
+    taps = max_of(taps, of_group);
+  }
+  const index_t tile = p.operands.count * taps * kTileRows * min_of(p.outputs, kTileColumns);
+  parallel(exec, total, grain_of(tile), [&](index_t begin, index_t end) {
     index_t first = 0;  // of this group and block, among all tiles
     for (const PixelGroup& group : p.table->groups) {
       const index_t tiles = tiles_of(group);
@@ -272,7 +278,10 @@ inline bool covers_all(const WeightGradient& g) {
 inline void weight_gradient(const WeightGradient& g, index_t channels, const Exec& exec) {
   const index_t step = chunk_rows(channels, g.outputs);
   const bool fresh = covers_all(g);
-  parallel(exec, g.inputs, kTileRows, [&](index_t begin, index_t end) {
+  index_t pixels = 0;
+  for (const PixelGroup& group : g.table->groups) pixels += g.images * index_t(group.rows.size());
+  const index_t row = g.operands.count * pixels * g.outputs;
+  parallel(exec, g.inputs, grain_of(row, kTileRows), [&](index_t begin, index_t end) {
     if (!fresh) std::memset(g.dw + begin * g.outputs, 0, (end - begin) * g.outputs * sizeof(S));
     index_t src[kMaxChunk], dst[kMaxChunk];
     for (const PixelGroup& group : g.table->groups) {

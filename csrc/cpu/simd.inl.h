@@ -86,8 +86,17 @@ FM_INLINE void for_columns(index_t columns, Body&& body) {
 
 FM_INLINE V select(VI mask, V a, V b) { return mask ? a : b; }
 
-// Splits [0, n) into `parts` ranges of multiples of `grain` and runs body(begin, end) on each:
-// on this thread, or on the team of `exec`.
+// Multiply-adds, or loads and stores, that are worth handing to another thread: some microseconds
+// against the half of one that it takes until that thread has them.
+constexpr index_t kWorthSharing = 65536;
+
+// The grain of a loop whose every element is so much work, a multiple of `multiple`.
+FM_INLINE index_t grain_of(index_t work, index_t multiple = 1) {
+  return align_up(max_of<index_t>(1, kWorthSharing / max_of<index_t>(1, work)), multiple);
+}
+
+// Splits [0, n) into ranges of multiples of `grain` and runs body(begin, end) on each: on this
+// thread, or on the team of `exec`.
 template <class Body>
 inline void parallel(const Exec& exec, index_t n, index_t grain, Body&& body) {
   const index_t blocks = (n + grain - 1) / grain;
