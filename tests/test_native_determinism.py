@@ -81,16 +81,30 @@ def chosen(c: Case, order: list[int]) -> Case:
 @both_dtypes
 @every_case
 def test_threads_change_no_bit(problem, dtype):
-    """Two tasks: a thread each on 1 and 2 threads, inside the tasks on 3 and 4."""
+    """Two tasks: one after the other, a thread each, and teams of threads."""
     c = case(problem)
     engine = native(c)
     with threads(1):
         want = everything(engine, c, dtype)
         assert engine.plan.slots == 1
-    for count in (2, 3, 4):
+    for count in (2, 3, 4, 8):
         with threads(count):
             assert_same_bits(everything(engine, c, dtype), want)
-            assert engine.plan.slots == (2 if count == 2 else 1)
+            assert engine.plan.slots == 2
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 5])
+def test_threads_left_without_a_task_change_no_bit(tasks):
+    """They help inside the tasks that still run: how many there are is chance."""
+    c = case(WIDE, tasks=tasks)
+    engine = native(c)
+    with threads(1):
+        want = everything(engine, c, torch.float32)
+    for count in (2, 4, 8):
+        with threads(count):
+            for _ in range(3):
+                assert_same_bits(everything(engine, c, torch.float32), want)
+            assert engine.plan.slots == min(tasks, count)
 
 
 @both_dtypes

@@ -119,13 +119,13 @@ def test_float32_takes_half():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_one_slot_per_thread_or_one_for_all(count):
+def test_one_slot_per_task_in_work(count):
     c = case("linear-9to15", tasks=2)
     engine = native(c)
     with threads(count):
         meta(engine, c, 2)
     plan = engine.plan
-    assert plan.slots == (count if count <= 2 else 1)
+    assert plan.slots == min(count, 2)
     assert plan.total == plan.shared + plan.slots * plan.slot
     assert engine._workspace.numel() == plan.total
 

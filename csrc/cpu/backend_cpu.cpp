@@ -1,6 +1,7 @@
 #include "cpu/backend_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 
 #include "common/error.h"
@@ -59,13 +60,13 @@ const Isa& find(const std::string& name) {
        name, "'");
 }
 
-const Isa* chosen = nullptr;
+std::atomic<const Isa*> chosen{nullptr};
 
 const Isa& current() {
-  if (!chosen) {
-    const char* wish = std::getenv("FASTMAML_ISA_USE");
-    chosen = &find(wish && *wish ? wish : usable_isas().back());
-  }
+  if (const Isa* isa = chosen) return *isa;
+  const char* wish = std::getenv("FASTMAML_ISA_USE");
+  const Isa* none = nullptr;
+  chosen.compare_exchange_strong(none, &find(wish && *wish ? wish : usable_isas().back()));
   return *chosen;
 }
 

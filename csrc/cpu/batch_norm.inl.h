@@ -63,7 +63,7 @@ struct ChannelVector {
 // c, sums) takes the totals of a vector of channels.
 template <int Count, class Make, class Done>
 void reduce_channels(const BatchNorm& b, const Exec& exec, Make&& make, Done&& done) {
-  parallel(exec, b.channels, kLanes, [&](index_t c_begin, index_t c_end) {
+  parallel(exec, b.channels, kLanes, 4 * b.rows, [&](index_t c_begin, index_t c_end) {
     for_columns(c_end - c_begin, [&](auto lanes, index_t c_offset) {
       const index_t c = c_begin + c_offset;
       const auto term = make(lanes, c);
@@ -84,7 +84,7 @@ void reduce_channels(const BatchNorm& b, const Exec& exec, Make&& make, Done&& d
 // Maps every element: make(lanes, c) gives the function applied to the element offsets.
 template <class Make>
 void map_rows(const BatchNorm& b, const Exec& exec, Make&& make) {
-  parallel(exec, b.rows, kRowBlock, [&](index_t begin, index_t end) {
+  parallel(exec, b.rows, kRowBlock, 8 * b.channels, [&](index_t begin, index_t end) {
     for (index_t r0 = begin; r0 < end; r0 += kRowBlock) {
       const index_t r1 = min_of(end, r0 + kRowBlock);
       for_columns(b.channels, [&](auto lanes, index_t c) {

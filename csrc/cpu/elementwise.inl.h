@@ -9,7 +9,7 @@ void elementwise_forward(const LayerArgs<S>& a, const Exec& exec) {
   const S alpha = S(a.desc->alpha);
   const S* FM_RESTRICT x = a.x;
   S* FM_RESTRICT y = a.y;
-  parallel(exec, a.samples * a.desc->in.size(), kSweep, [=](index_t begin, index_t end) {
+  parallel(exec, a.samples * a.desc->in.size(), kSweep, 8, [=](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) y[i] = F::f(x[i], alpha);
   });
 }
@@ -20,7 +20,7 @@ void elementwise_slope(const LayerArgs<S>& a, const S* FM_RESTRICT v, S* FM_REST
   const S alpha = S(a.desc->alpha);
   const S* FM_RESTRICT x = a.x;
   const S* FM_RESTRICT y = a.y;
-  parallel(exec, a.samples * a.desc->in.size(), kSweep, [=](index_t begin, index_t end) {
+  parallel(exec, a.samples * a.desc->in.size(), kSweep, 8, [=](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) out[i] = F::df(x[i], y[i], alpha) * v[i];
   });
 }
@@ -46,7 +46,7 @@ void elementwise_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   const S* FM_RESTRICT dy = a.dy;
   const S* FM_RESTRICT tdy = a.tdy;
   S* FM_RESTRICT tdx = a.tdx;
-  parallel(exec, a.samples * a.desc->in.size(), kSweep, [=](index_t begin, index_t end) {
+  parallel(exec, a.samples * a.desc->in.size(), kSweep, 8, [=](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) {
       tdx[i] = F::d2f(x[i], y[i], alpha) * tx[i] * dy[i] + F::df(x[i], y[i], alpha) * tdy[i];
     }

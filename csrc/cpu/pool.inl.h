@@ -28,7 +28,7 @@ FM_INLINE void for_taps(const LayerDesc& d, index_t h, index_t w, Body&& body) {
 template <class Body>
 FM_INLINE void for_outputs(const LayerArgs<S>& a, const Exec& exec, Body&& body) {
   const Shape& out = a.desc->out;
-  parallel(exec, a.samples, 1, [&](index_t begin, index_t end) {
+  parallel(exec, a.samples, 1, 4 * a.desc->in.size(), [&](index_t begin, index_t end) {
     for (index_t n = begin; n < end; ++n) {
       for (index_t p = 0; p < out.pixels(); ++p) {
         body(n, p / out.width, p % out.width, (n * out.pixels() + p) * out.channels);
@@ -83,7 +83,7 @@ inline void max_pool_gather(const LayerArgs<S>& a, const S* tx, S* ty, const Exe
 
 inline void clear_images(const LayerArgs<S>& a, S* dx, const Exec& exec) {
   const index_t size = a.desc->in.size();
-  parallel(exec, a.samples, 1, [&](index_t begin, index_t end) {
+  parallel(exec, a.samples, 1, 4 * a.desc->in.size(), [&](index_t begin, index_t end) {
     std::memset(dx + begin * size, 0, (end - begin) * size * sizeof(S));
   });
 }

@@ -210,9 +210,11 @@ inline void gather_product(const GatherProduct& p, const Exec& exec) {
   const auto tiles_of = [&](const PixelGroup& group) {
     return (p.images * index_t(group.rows.size()) + kTileRows - 1) / kTileRows;
   };
-  index_t total = 0;
+  index_t total = 0, taps = 0;
   for (const PixelGroup& group : p.table->groups) total += blocks * tiles_of(group);
-  parallel(exec, total, 1, [&](index_t begin, index_t end) {
+  for (const TapRun& run : p.table->groups[0].runs) taps += run.length;
+  const index_t tile = (taps + 1) * p.operands.count * kTileRows * min_of(p.outputs, kTileColumns);
+  parallel(exec, total, 1, tile, [&](index_t begin, index_t end) {
     index_t first = 0;  // of this group and block, among all tiles
     for (const PixelGroup& group : p.table->groups) {
       const index_t tiles = tiles_of(group);
@@ -272,7 +274,10 @@ inline bool covers_all(const WeightGradient& g) {
 inline void weight_gradient(const WeightGradient& g, index_t channels, const Exec& exec) {
   const index_t step = chunk_rows(channels, g.outputs);
   const bool fresh = covers_all(g);
-  parallel(exec, g.inputs, kTileRows, [&](index_t begin, index_t end) {
+  index_t pixels = 0;
+  for (const PixelGroup& group : g.table->groups) pixels += g.images * index_t(group.rows.size());
+  const index_t row = pixels * g.outputs * g.operands.count;
+  parallel(exec, g.inputs, kTileRows, row, [&](index_t begin, index_t end) {
     if (!fresh) std::memset(g.dw + begin * g.outputs, 0, (end - begin) * g.outputs * sizeof(S));
     index_t src[kMaxChunk], dst[kMaxChunk];
     for (const PixelGroup& group : g.table->groups) {

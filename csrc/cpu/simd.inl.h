@@ -86,16 +86,25 @@ FM_INLINE void for_columns(index_t columns, Body&& body) {
 
 FM_INLINE V select(VI mask, V a, V b) { return mask ? a : b; }
 
-// Splits [0, n) into `parts` ranges of multiples of `grain` and runs body(begin, end) on each:
-// on this thread, or on the team of `exec`.
+// Work, in multiply-adds, worth handing to another thread: a microsecond or two, against the half
+// of one that it takes until that thread has it.
+constexpr index_t kWorthSharing = 65536;
+
+// Splits [0, n) into ranges of multiples of `grain` and runs body(begin, end) on each: on this
+// thread, or on the team of `exec`. `work`: of one element; a guess will do.
 template <class Body>
-inline void parallel(const Exec& exec, index_t n, index_t grain, Body&& body) {
-  const index_t blocks = (n + grain - 1) / grain;
-  const index_t parts = exec.context ? min_of<index_t>(blocks, 2 * team_size(exec.context)) : 1;
-  if (parts <= 1) {
+inline void parallel(const Exec& exec, index_t n, index_t grain, index_t work, Body&& body) {
+  index_t parts = 1;
+  if (exec.context && n > grain && n * work > kWorthSharing) {
+    const int team = team_size(exec.context);
+    const index_t least = align_up(max_of<index_t>(1, kWorthSharing / work), grain);
+    parts = team == 1 ? 1 : min_of<index_t>((n + least - 1) / least, 2 * team);
+  }
+  if (parts == 1) {
     body(index_t(0), n);
     return;
   }
+  const index_t blocks = (n + grain - 1) / grain;
   struct Call {
     std::remove_reference_t<Body>* body;
     index_t n, grain, blocks, parts;

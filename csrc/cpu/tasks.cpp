@@ -6,38 +6,24 @@ namespace fm::cpu {
 namespace {
 
 struct TaskLoop {
-  index_t tasks;
   void (*body)(void*, index_t, index_t, const Exec&);
   void* state;
 };
 
 }  // namespace
 
-index_t task_slots(index_t tasks) {
-  const index_t threads = num_threads();
-  return tasks >= threads ? threads : 1;
-}
+index_t task_slots(index_t tasks) { return min_of<index_t>(tasks, num_threads()); }
 
 // Slots were counted when the call was planned; the number of threads may have changed since, but
 // never do more threads than slots take tasks.
 void for_each_task(index_t tasks, index_t slots, void (*body)(void*, index_t, index_t, const Exec&),
                    void* state) {
-  TaskLoop loop{tasks, body, state};
-  if (slots > 1) {
-    run_parts(
-        tasks, int(slots),
-        [](void* l, int thread, index_t task) {
-          const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
-          loop.body(loop.state, thread, task, Exec{});
-        },
-        &loop);
-    return;
-  }
-  run_team(
-      [](void* l, const void* team) {
+  TaskLoop loop{body, state};
+  run_parts(
+      tasks, int(slots),
+      [](void* l, int thread, index_t task) {
         const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
-        const Exec exec{team, nullptr};
-        for (index_t t = 0; t < loop.tasks; ++t) loop.body(loop.state, 0, t, exec);
+        loop.body(loop.state, thread, task, Exec{team_of(thread), nullptr});
       },
       &loop);
 }

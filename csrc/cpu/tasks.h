@@ -1,5 +1,5 @@
-// How the CPU runs a batch of tasks: a thread per task while there are enough of them, else all
-// threads inside one task after the other.
+// How the CPU runs a batch of tasks: a thread per task, and threads for which there is none (left)
+// help inside those that run.
 #pragma once
 
 #include "program/backend.h"

@@ -17,6 +17,9 @@
 namespace fm {
 namespace {
 
+// Elements a thread adds up at a time in a mean over tasks.
+constexpr index_t kMeanGrain = 16384;
+
 // Where everything is, in elements from the start of the workspace (shared) or of a slot.
 struct MetaPlan {
   TapePlan support, query;
@@ -255,8 +258,9 @@ class MetaGradient {
       const MetaGradient* self;
       index_t rows, n;
     } state{this, rows, n};
+    const index_t grain = align_up(kMeanGrain / call_.tasks + 1, kAlignment);
     backend_.for_each_range(
-        n, 16384,
+        n, grain,
         [](void* s, index_t begin, index_t end) {
           const Mean& m = *static_cast<const Mean*>(s);
           m.self->backend_.vector.mean_rows(m.self->call_.tasks, m.n, begin, end,

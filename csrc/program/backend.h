@@ -71,10 +71,10 @@ struct Backend {
   LayerOps<S> layers[int(LayerKind::count)];
   LossOps<S> losses[int(LossKind::count)];
   VectorOps<S> vector;
-  // Tasks that are in work at the same time, each in a workspace slot of its own.
+  // Tasks that are in work at the same time at most, each in a workspace slot of its own.
   index_t (*slots)(index_t tasks);
   // Calls body(state, slot, task, exec) for every task, slot < slots. `exec.context` is set when
-  // the passes of one task may split their loops; `scratch` is left to the body.
+  // the passes of a task may find others to share their loops; `scratch` is left to the body.
   using Body = void (*)(void* state, index_t slot, index_t task, const Exec& exec);
   void (*for_each_task)(index_t tasks, index_t slots, Body body, void* state);
   // Calls body(state, begin, end) for disjoint ranges that cover [0, n).
