@@ -103,6 +103,12 @@ def without_extension(make, monkeypatch, **options):
         return make(**options)
 
 
+def strides(tensor):
+    """Of the axes that are longer than one; the others' mean nothing."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1]
+
+
 @native
 @every_sampler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -116,7 +122,7 @@ def test_the_restatement_gives_the_same_tasks(make, dtype, monkeypatch):
         one, other = drawn.sample(tasks), restated.sample(tasks)
         for name in FIELDS:
             a, b = getattr(one, name), getattr(other, name)
-            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+            assert (a.dtype, a.shape, strides(a)) == (b.dtype, b.shape, strides(b))
             exact = name.endswith("_x") and "images" in type(drawn).__name__.lower()
             if exact or not a.is_floating_point():
                 assert torch.equal(a, b)
