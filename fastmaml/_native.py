@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 NAME = "fastmaml._core"
-_IS_CONTIGUOUS = Tensor.is_contiguous
+_ADDRESS, _IS_CONTIGUOUS, _NUMEL = Tensor.data_ptr, Tensor.is_contiguous, Tensor.numel
 
 
 class NativeUnavailable(ImportError):
@@ -132,7 +132,16 @@ def images_address(name: str, images: Tensor, dtype: torch.dtype) -> int:
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Where tensors are, for callers that have checked them before."""
-    return [tensor.data_ptr() for tensor in tensors]
+    return [*map(_ADDRESS, tensors)]
+
+
+def places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors are, and how they lie there: equal as long as nothing moved."""
+    return [
+        *map(_ADDRESS, tensors),
+        *map(_IS_CONTIGUOUS, tensors),
+        *map(_NUMEL, tensors),
+    ]
 
 
 def contiguous(tensors: Iterable[Tensor]) -> bool:

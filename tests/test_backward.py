@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import engines
 import pytest
@@ -209,6 +210,34 @@ def test_changed_parameters_are_noticed(change, engine):
     loss, want, _ = by_autograd(fresh, tasks)
     assert_same([got, *found], [loss, *want])
     assert change.__name__ == "frozen" or not torch.equal(got, before)
+
+
+def test_moved_rates_are_noticed(engine):
+    options = {"rates": "per_tensor", "per_step_rates": True, "learn_rates": True}
+    learner, tasks = built("linear-9to15", engine, **options)
+    rates = learner.rates
+    spread = torch.linspace(0.02, 0.3, rates.numel()).double().view(rates.shape)
+    for values in (spread, spread.t().contiguous().t(), spread / 2, rates.data * 1.5):
+        rates.data = values
+        rates.grad = None
+        for k in range(2):
+            rates.data.mul_(1 + 0.5 * k)
+            learner.backward(tasks, accumulate=False)
+            found = [learner.last.loss, *gradients(learner)]
+            loss, want, _ = by_autograd(learner, tasks)
+            plain, by_plain = learner._gradients._plainly(tasks)
+            assert_same(found, [loss, *want])
+            assert_same(found, [plain, *by_plain])
+
+
+def test_other_settings_are_noticed(engine):
+    learner, tasks = built("linear-9to15", engine)
+    learner.backward(tasks)
+    learner.settings = dataclasses.replace(learner.settings, first_order=True)
+    learner.backward(tasks, accumulate=False)
+    other, _ = built("linear-9to15", engine, first_order=True)
+    other.model.load_state_dict(learner.model.state_dict())
+    assert_same(gradients(learner), by_autograd(other, tasks)[1])
 
 
 def test_tasks_of_changing_shapes_strides_and_dtypes(engine):

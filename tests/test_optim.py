@@ -239,6 +239,12 @@ def test_moved_tensors_are_noticed(case):
                 if isinstance(value, torch.Tensor) and name != "step":
                     entry[name] = value / 2
         optimizer.step()
+        for p, entry in optimizer.state.items():  # other entries
+            optimizer.state[p] = {
+                name: value * 3 if name != "step" and value is not None else value
+                for name, value in entry.items()
+            }
+        optimizer.step()
     assert_same(ours, theirs)
 
 

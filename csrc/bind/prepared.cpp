@@ -1,6 +1,6 @@
 // The meta-gradient of one learner on tasks of one shape: everything that stays the same from call
 // to call is kept here, so that a call passes the addresses of the samples and of its results.
-#include <optional>
+#include <array>
 
 #include "bind/arguments.h"
 #include "bind/module.h"
@@ -41,30 +41,38 @@ class Prepared {
     call_.rate_gradient = at<S>(rate_gradient);
   }
 
-  // Loss and accuracy after the last step, means over tasks; nothing if the workspace is too
-  // small. `metrics` takes losses and accuracies [2, T, K + 1], `loss` the loss.
-  std::optional<std::pair<double, double>> run(Address support_x, Address support_y,
-                                               bool support_last, Address query_x, Address query_y,
-                                               bool query_last, Address metrics, Address loss,
-                                               Address workspace, index_t bytes) {
+  // Loss and accuracy after the last step, means over tasks, and a bytearray of losses and
+  // accuracies, double [2, T, K + 1]; None if the workspace is too small. `places` are those of
+  // x and y of the support, x and y of the query, and where the loss goes.
+  py::object run(const std::array<Address, 5>& places, bool support_last, bool query_last,
+                 Address workspace, index_t bytes) {
     const index_t row = call_.steps + 1, rows = call_.tasks;
-    double* values = at<double>(metrics);
+    py::object metrics = py::reinterpret_steal<py::object>(
+        PyByteArray_FromStringAndSize(nullptr, Py_ssize_t(2 * rows * row * sizeof(double))));
+    if (!metrics) throw py::error_already_set();
+    double* values = reinterpret_cast<double*>(PyByteArray_AS_STRING(metrics.ptr()));
     require(!call_.params.tensors.empty() && call_.rates.values && !call_.gradients.tensors.empty(),
             "prepared call: parameters, rates and gradients come first");
-    py::gil_scoped_release release;
-    plan(support_last, query_last);
-    if (plan_.bytes > bytes) return std::nullopt;
-    call_.support.x = at<const S>(support_x);
-    call_.support.y = at<const void>(support_y);
-    call_.query.x = at<const S>(query_x);
-    call_.query.y = at<const void>(query_y);
-    call_.query_loss = values;
-    call_.query_accuracy = values + rows * row;
-    plan_.loss = meta_gradient(call_, at<void>(workspace));
-    *at<S>(loss) = S(plan_.loss);
     double accuracy = 0;
-    for (index_t t = 0; t < rows; ++t) accuracy += call_.query_accuracy[t * row + call_.steps];
-    return std::make_pair(plan_.loss, accuracy / double(rows));
+    bool enough = false;
+    {
+      py::gil_scoped_release release;
+      plan(support_last, query_last);
+      enough = plan_.bytes <= bytes;
+      if (enough) {
+        call_.support.x = at<const S>(places[0]);
+        call_.support.y = at<const void>(places[1]);
+        call_.query.x = at<const S>(places[2]);
+        call_.query.y = at<const void>(places[3]);
+        call_.query_loss = values;
+        call_.query_accuracy = values + rows * row;
+        plan_.loss = meta_gradient(call_, at<void>(workspace));
+        *at<S>(places[4]) = S(plan_.loss);
+        for (index_t t = 0; t < rows; ++t) accuracy += call_.query_accuracy[t * row + call_.steps];
+      }
+    }
+    if (!enough) return py::none();
+    return py::make_tuple(plan_.loss, accuracy / double(rows), std::move(metrics));
   }
 
   CallPlan plan() const { return plan_; }

@@ -19,24 +19,43 @@ constexpr index_t kGrain = index_t(1) << 18;
 
 tasks::Range range(const Pair& p) { return {p.first, p.second}; }
 
-// Support and query, x and y, then amplitudes and phases (or 0).
+// Waves of given ranges and numbers of samples.
 template <class S>
-void sinusoids(std::uint64_t key, std::uint64_t first, index_t tasks, index_t support,
-               index_t queries, const Pair& amplitude, const Pair& phase, const Pair& x,
-               Address support_x, Address support_y, Address query_x, Address query_y,
-               Address amplitudes, Address phases) {
-  tasks::sample(tasks::Sinusoids<S>{{key, first, tasks},
-                                    support,
-                                    queries,
-                                    range(amplitude),
-                                    range(phase),
-                                    range(x),
-                                    at<S>(support_x),
-                                    at<S>(support_y),
-                                    at<S>(query_x),
-                                    at<S>(query_y),
-                                    at<S>(amplitudes),
-                                    at<S>(phases)});
+class SinusoidTasks {
+ public:
+  SinusoidTasks(index_t support, index_t queries, const Pair& amplitude, const Pair& phase,
+                const Pair& x) {
+    call_.support = support;
+    call_.queries = queries;
+    call_.amplitude = range(amplitude);
+    call_.phase = range(phase);
+    call_.x = range(x);
+  }
+
+  // `places`: x and y of the support, x and y of the query, amplitudes and phases (or 0).
+  void draw(std::uint64_t key, std::uint64_t first, index_t tasks,
+            const std::array<Address, 4>& places, Address amplitudes, Address phases) const {
+    tasks::Sinusoids<S> call = call_;
+    call.stream = {key, first, tasks};
+    call.support_x = at<S>(places[0]);
+    call.support_y = at<S>(places[1]);
+    call.query_x = at<S>(places[2]);
+    call.query_y = at<S>(places[3]);
+    call.amplitudes = at<S>(amplitudes);
+    call.phases = at<S>(phases);
+    py::gil_scoped_release release;
+    tasks::sample(call);
+  }
+
+ private:
+  tasks::Sinusoids<S> call_;
+};
+
+template <class S>
+void define_sinusoids(py::module_& m, const char* name) {
+  py::class_<SinusoidTasks<S>>(m, name)
+      .def(py::init<index_t, index_t, const Pair&, const Pair&, const Pair&>())
+      .def("draw", &SinusoidTasks<S>::draw);
 }
 
 template <class S>
@@ -88,8 +107,8 @@ Four philox(const Four& counter, const std::array<std::uint32_t, 2>& key) {
 }  // namespace
 
 void define_sampling(py::module_& m) {
-  m.def("sinusoids_float32", &sinusoids<float>);
-  m.def("sinusoids_float64", &sinusoids<double>);
+  define_sinusoids<float>(m, "SinusoidsFloat32");
+  define_sinusoids<double>(m, "SinusoidsFloat64");
   m.def("few_shot_float32", &few_shot<float>);
   m.def("few_shot_float64", &few_shot<double>);
   m.def("philox4x32", &philox);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "math/sine.h"
 #include "tasks/philox.h"
 
 namespace fm::tasks {
@@ -18,6 +19,8 @@ struct Uniform {
     return low + uniform(high_word, low_word, S()) * width;
   }
 };
+
+double largest(const Range& r) { return std::fmax(std::fabs(r.low), std::fabs(r.high)); }
 
 // Picks `count` distinct numbers below n. `taken` is scratch for the picks in ascending order.
 template <class Take>
@@ -43,6 +46,7 @@ void sample(const Sinusoids<S>& c) {
   std::vector<std::uint32_t> words(2 * padded(count));
   std::uint32_t *high = words.data(), *low = high + padded(count);
   const Uniform<S> amplitude(c.amplitude), phase(c.phase), x(c.x);
+  const bool moderate = sizeof(S) == 4 && largest(c.x) + largest(c.phase) < math::kSineRange;
   for (index_t t = 0; t < c.stream.tasks; ++t) {
     const std::uint64_t task = c.stream.first + std::uint64_t(t);
     task_words(c.stream.key, task, 0, count, high);
@@ -51,9 +55,11 @@ void sample(const Sinusoids<S>& c) {
     if (c.amplitudes) c.amplitudes[t] = a;
     if (c.phases) c.phases[t] = shift;
     const auto wave = [&](index_t first, index_t n, S* xs, S* ys) {
-      for (index_t i = 0; i < n; ++i) {
-        xs[i] = x(high[first + i], low[first + i]);
-        ys[i] = a * std::sin(xs[i] - shift);
+      for (index_t i = 0; i < n; ++i) xs[i] = x(high[first + i], low[first + i]);
+      if (moderate) {
+        for (index_t i = 0; i < n; ++i) ys[i] = a * S(math::moderate_sine(double(xs[i] - shift)));
+      } else {
+        for (index_t i = 0; i < n; ++i) ys[i] = a * std::sin(xs[i] - shift);
       }
     };
     wave(2, c.support, c.support_x + t * c.support, c.support_y + t * c.support);

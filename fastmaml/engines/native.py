@@ -255,13 +255,16 @@ class NativeEngine:
             self._plan = plan
         return plan
 
-    def _run_prepared(self, call: Any, arguments: tuple[Any, ...]) -> Any:
+    def _run_prepared(
+        self, call: Any, places: list[int], support_last: bool, query_last: bool
+    ) -> Any:
         """As `_run`, for a prepared call; the caller holds the lock."""
+        lasts = support_last, query_last
         space = self._workspace
-        found = call.run(*arguments, _native.own_address(space), space.numel())
+        found = call.run(places, *lasts, _native.own_address(space), space.numel())
         while found is None:
             self._workspace = space = torch.empty(call.plan.bytes, dtype=torch.uint8)
-            found = call.run(*arguments, _native.own_address(space), space.numel())
+            found = call.run(places, *lasts, _native.own_address(space), space.numel())
         self._plan = call
         return found
 

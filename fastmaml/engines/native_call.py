@@ -22,6 +22,9 @@ from fastmaml.tasks.batch import TaskBatch
 
 Key = tuple[Any, ...]
 
+# of three ways to make a tensor the quickest
+_EMPTY_LIKE = torch.empty_like
+
 
 class Outcome(NamedTuple):
     """What a prepared call leaves besides gradients.
@@ -30,33 +33,31 @@ class Outcome(NamedTuple):
         loss: [] the meta-loss.
         value: the same as a number.
         accuracy: query accuracy after the last step, mean over tasks, or ``None``.
-        metrics: [2, T, K+1] float64: query losses and accuracies after each step; NaN
-            where w_k is zero.
+        tasks: T.
+        metrics: the bytes of [2, T, K+1] float64: query losses and accuracies after
+            each step; NaN where w_k is zero.
     """
 
     loss: Tensor
     value: float
     accuracy: float | None
-    metrics: Tensor
+    tasks: int
+    metrics: bytearray
 
 
 def tasks_key(tasks: TaskBatch) -> Key:
-    """What two batches must agree on to share a prepared call."""
-    support_x, support_y = tasks.support_x, tasks.support_y
-    query_x, query_y = tasks.query_x, tasks.query_y
+    """What two batches must agree on to share a prepared call.
+
+    All else follows from the checks that a batch has passed.
+    """
+    support_x, support_y, query_x = tasks.support_x, tasks.support_y, tasks.query_x
     return (
         support_x.shape,
         support_y.shape,
         query_x.shape,
-        query_y.shape,
         support_x.dtype,
         support_y.dtype,
-        query_x.dtype,
-        query_y.dtype,
         support_x.is_cpu,
-        support_y.is_cpu,
-        query_x.is_cpu,
-        query_y.is_cpu,
     )
 
 
@@ -98,8 +99,8 @@ class PreparedCall:
         # where parameter i of the program is among the learner's
         position = {n: i for i, n in enumerate(params)}
         self._order = [position[n] for n in own.names]
-        self._shape = (2, tasks.tasks, steps + 1)
         self._classes = engine._classes
+        self._tasks = tasks.tasks
         self._images = tasks.support_x.dim() == 5
         keep: list[Tensor] = []
         _, layout, rows, adapted = own.rates(rates, self._dtype, keep)
@@ -118,12 +119,11 @@ class PreparedCall:
             adapted,
         )
         self._places: list[int] = []
-        self._counts = [t.numel() for t in self._tensors]
-        self._gradients: list[Tensor] = []
         self._gradient_places: list[int] = []
-        self._rate_places: list[int] = []
+        self._scalar = torch.empty((), dtype=self._dtype)
         # read in place: same dtype, same order, no gaps
         self._rates_in_place = own.reads_rates_in_place(rates, self._dtype)
+        self._tensors.append(rates.values)
         self._slopes: Tensor | None = None
 
     def run(self, tasks: TaskBatch, gradients: Sequence[Tensor]) -> Outcome:
@@ -138,39 +138,26 @@ class PreparedCall:
             ValueError: if labels are out of range; nothing is written then.
         """
         keep: list[Tensor] = []
-        support_x, support_last = self._in_order(tasks.support_x, keep)
-        query_x, query_last = self._in_order(tasks.query_x, keep)
-        support_y, query_y = tasks.support_y, tasks.query_y
-        if not _native.contiguous((support_y, query_y)):
+        support_x, support_y = tasks.support_x, tasks.support_y
+        query_x, query_y = tasks.query_x, tasks.query_y
+        support_last = query_last = False
+        if not _native.contiguous((support_x, support_y, query_x, query_y)):
+            support_x, support_last = self._in_order(support_x, keep)
+            query_x, query_last = self._in_order(query_x, keep)
             support_y, query_y = support_y.contiguous(), query_y.contiguous()
-        metrics = torch.empty(self._shape, dtype=torch.float64)
-        loss = torch.empty((), dtype=self._dtype)
-        places = _native.addresses(
-            (support_x, support_y, query_x, query_y, metrics, loss)
-        )
+        loss = _EMPTY_LIKE(self._scalar)
+        places = _native.addresses((support_x, support_y, query_x, query_y, loss))
         engine = self.engine
         with engine._lock:
-            self._place_parameters(keep)
-            self._place_rates(keep)
-            self._place_gradients(gradients)
-            found = engine._run_prepared(
-                self._call,
-                (
-                    places[0],
-                    places[1],
-                    support_last,
-                    places[2],
-                    places[3],
-                    query_last,
-                    places[4],
-                    places[5],
-                ),
+            self._place(gradients, keep)
+            value, score, metrics = engine._run_prepared(
+                self._call, places, support_last, query_last
             )
             if self._slopes is not None:
                 slopes = self._own.rates_to_model(self._slopes, self._rates)
                 gradients[-1].copy_(slopes)
-        accuracy = found[1] if self._classes else None
-        return Outcome(loss, found[0], accuracy, metrics)
+        scores = score if self._classes else None
+        return Outcome(loss, value, scores, self._tasks, metrics)
 
     def _in_order(self, x: Tensor, keep: list[Tensor]) -> tuple[Tensor, bool]:
         """Inputs without gaps, and whether their channels are last."""
@@ -182,34 +169,27 @@ class PreparedCall:
         keep.append(x)
         return x, False
 
-    def _place_parameters(self, keep: list[Tensor]) -> None:
-        tensors = self._tensors
-        places = _native.addresses(tensors)
-        if (
-            places == self._places
-            and _native.contiguous(tensors)
-            and [t.numel() for t in tensors] == self._counts
-        ):
-            return
-        places, _ = self._own.addresses(self._params, self._dtype, 1, keep)
-        self._call.set_parameters(places)
-        # copies are made anew at every call
-        self._places = places if not keep else []
-
-    def _place_rates(self, keep: list[Tensor]) -> None:
-        if self._rates_in_place:
-            places = _native.addresses((self._rates.values,))
-            if places == self._rate_places:
-                return
-            self._rate_places = places
-        place = self._own.rates(self._rates, self._dtype, keep)[0]
-        self._call.set_rates(place)
-
-    def _place_gradients(self, gradients: Sequence[Tensor]) -> None:
+    def _place(self, gradients: Sequence[Tensor], keep: list[Tensor]) -> None:
+        """Hands over the addresses that differ from those of the last call."""
+        places = _native.places(self._tensors)
+        own, rates, dtype = self._own, self._rates, self._dtype
+        if places != self._places:
+            copies: list[Tensor] = []
+            self._call.set_parameters(own.addresses(self._params, dtype, 1, copies)[0])
+            self._call.set_rates(own.rates(rates, dtype, keep)[0])
+            self._rates_in_place = own.reads_rates_in_place(rates, dtype)
+            # copies are made anew at every call
+            self._places = [] if copies else places
+            keep += copies
+        elif not self._rates_in_place:
+            self._call.set_rates(own.rates(rates, dtype, keep)[0])
         places = _native.addresses(gradients)
-        if places == self._gradient_places:
-            return
+        if places != self._gradient_places:
+            self._place_gradients(places)
+
+    def _place_gradients(self, places: list[int]) -> None:
         slopes = 0
+        self._slopes = None
         if self._rate_gradient:
             slopes = places[-1]
             if not self._rates_in_place:
@@ -230,7 +210,7 @@ class GradientTargets:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = list(inputs)
         self._settled: list[Tensor] = []
-        self._counts = [p.numel() for p in inputs]
+        self._places: list[int] = []
         self._scratch: list[Tensor] | None = None
 
     def hooked(self) -> bool:
@@ -246,10 +226,9 @@ class GradientTargets:
         settled = self._settled
         if (
             not accumulate
-            and len(settled) == len(now)
+            and settled
             and all(map(is_, now, settled))
-            and _native.contiguous(settled)
-            and [g.numel() for g in settled] == self._counts
+            and _native.places(settled) == self._places
         ):
             return settled, now
         targets = []
@@ -262,7 +241,6 @@ class GradientTargets:
                 targets.append(gradient)
         return targets, now
 
-    @torch.no_grad()
     def deliver(
         self, targets: list[Tensor], before: list[Tensor | None], accumulate: bool
     ) -> None:
@@ -270,18 +248,20 @@ class GradientTargets:
         if targets is self._settled:
             return
         inputs = self._inputs
-        for p, target, gradient in zip(inputs, targets, before, strict=True):
-            if gradient is None:
-                p.grad = target
-            elif gradient is not target and accumulate:
-                gradient.add_(target)
-            elif gradient is not target:
-                gradient.copy_(target)
+        with torch.no_grad():
+            for p, target, gradient in zip(inputs, targets, before, strict=True):
+                if gradient is None:
+                    p.grad = target
+                elif gradient is not target and accumulate:
+                    gradient.add_(target)
+                elif gradient is not target:
+                    gradient.copy_(target)
         kept = [p.grad for p in inputs]
         if all(
             g is not None and _plain(g, p) for g, p in zip(kept, inputs, strict=True)
         ):
             self._settled = kept  # type: ignore[assignment]
+            self._places = _native.places(self._settled)
 
     def _scratch_for(self, i: int) -> Tensor:
         if self._scratch is None:

@@ -16,11 +16,12 @@ class MetaLossDetails:
         mean_accuracy: accuracy after the last step, mean over tasks, or ``None``.
     """
 
-    __slots__ = ("_accuracy", "_loss", "_metrics", "_value")
+    __slots__ = ("_accuracy", "_loss", "_metrics", "_tasks", "_value")
 
     _accuracy: float | None
     _loss: Tensor | torch.dtype
-    _metrics: tuple[Tensor | None, Tensor | None] | Tensor
+    _metrics: tuple[Tensor | None, Tensor | None] | bytearray
+    _tasks: int
     _value: float
 
     def __init__(
@@ -34,19 +35,25 @@ class MetaLossDetails:
 
     @classmethod
     def lazily(
-        cls, value: float, dtype: torch.dtype, metrics: Tensor, accuracy: float | None
+        cls,
+        value: float,
+        dtype: torch.dtype,
+        accuracy: float | None,
+        tasks: int,
+        metrics: bytearray,
     ) -> MetaLossDetails:
         """From what the native engine leaves.
 
         Args:
             value: the loss.
             dtype: of the tensors to be.
-            metrics: [2, T, K+1] float64, query losses and accuracies.
             accuracy: after the last step, mean over tasks; ``None`` without classes.
+            tasks: T.
+            metrics: bytes of query losses and accuracies, [2, T, K+1] float64.
         """
         details = object.__new__(cls)
         details._value, details._loss = value, dtype
-        details._metrics, details._accuracy = metrics, accuracy
+        details._accuracy, details._tasks, details._metrics = accuracy, tasks, metrics
         return details
 
     @property
@@ -69,13 +76,14 @@ class MetaLossDetails:
     @property
     def mean_accuracy(self) -> float | None:
         """Accuracy after the last step, mean over tasks; ``None`` without classes."""
-        if isinstance(self._metrics, Tensor):
+        if isinstance(self._metrics, bytearray):
             return self._accuracy
         scores = self._metrics[1]
         return None if scores is None else scores[:, -1].mean().item()
 
     def _both(self) -> tuple[Tensor | None, Tensor | None]:
-        if isinstance(self._metrics, Tensor):
-            losses, scores = self._metrics.to(self.loss.dtype)
+        if isinstance(self._metrics, bytearray):
+            found = torch.frombuffer(self._metrics, dtype=torch.float64)
+            losses, scores = found.view(2, self._tasks, -1).to(self.loss.dtype)
             self._metrics = (losses, None if self._accuracy is None else scores)
         return self._metrics

@@ -35,6 +35,7 @@ class Gradients:
         self._calls: dict[Any, Any] = {}
         self._key: Any = None
         self._call: Any = None
+        self._settings = learner.settings
 
     def of(self, tasks: TaskBatch) -> tuple[Tensor, list[Tensor]]:
         """The meta-loss and new tensors with the gradients of the inputs."""
@@ -63,6 +64,8 @@ class Gradients:
         """The call for tasks of this kind; ``None`` if the engine prepares none."""
         learner = self._learner
         key = tasks_key(tasks)
+        if learner.settings is not self._settings:
+            self._settings, self._key, self._calls = learner.settings, None, {}
         if key == self._key and self._call.engine is learner._engine:
             return self._call
         call = self._calls.get(key)
@@ -97,7 +100,7 @@ class Gradients:
             learner._admit_tasks(tasks)  # which says it in the learner's words
             raise
         learner.last = MetaLossDetails.lazily(
-            found.value, learner._dtype, found.metrics, found.accuracy
+            found.value, learner._dtype, found.accuracy, found.tasks, found.metrics
         )
         return found.loss
 

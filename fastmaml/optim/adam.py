@@ -57,7 +57,6 @@ class _Moments(OneCall):
         if not kept:
             step = torch.tensor(0.0 if step is None else float(step), dtype=_STEP)
             entry["step"] = step
-        found.entries.append((entry, "step", step))
         found.tensors.append(step)
         return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastmaml import _native
 DTYPES = {torch.float32: "Float32", torch.float64: "Float64"}
 Closure = Callable[[], Any]
 
+_VALUES = dict.values
+
 
 class Prepared:
     """The calls for one parameter group, good while its tensors stay where they are."""
@@ -27,19 +30,22 @@ class Prepared:
         self.options: Any = None  # what the calls depend on besides tensors
         self.tensors: list[Tensor] = []  # all that the calls read or write
         self.places: list[int] = []
-        self.entries: list[tuple[dict[str, Any], str, Any]] = []
         self.updated: list[Tensor] = []
-        self.states = 0  # parameters that have state, in all groups
+        self.state: list[Any] = []  # of all groups, as `_contents` lists it
         self.settled = True
 
-    def seal(self, states: int) -> None:
+    def seal(self, state: list[Any]) -> None:
         """Notes where the tensors are."""
-        self.states = states
+        self.state = state
         self.places = _native.addresses(self.tensors)
         self.settled = self.settled and _native.contiguous(self.tensors)
 
     def holds(
-        self, params: list[Tensor], gradients: list[Tensor | None], options: Any
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor | None],
+        state: list[Any],
+        options: Any,
     ) -> bool:
         """Whether the calls still point at the group's tensors."""
         return (
@@ -48,7 +54,8 @@ class Prepared:
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
             and all(map(is_, gradients, self.gradients))
-            and all(entry.get(name) is value for entry, name, value in self.entries)
+            and len(state) == len(self.state)
+            and all(map(is_, state, self.state))
             and _native.addresses(self.tensors) == self.places
             and _native.contiguous(self.tensors)
         )
@@ -109,16 +116,13 @@ class OneCall(Optimizer):
         prepared, groups = self._prepared, self.param_groups
         if len(prepared) < len(groups):
             prepared += [None] * (len(groups) - len(prepared))
+        state = _contents(self.state)
         for number, group in enumerate(groups):
             params = group["params"]
             gradients = [p.grad for p in params]
             options = self._options(group)
             found = prepared[number]
-            if (
-                found is None
-                or found.states != len(self.state)
-                or not found.holds(params, gradients, options)
-            ):
+            if found is None or not found.holds(params, gradients, state, options):
                 found = self._prepared_anew(number, group, gradients, options)
                 prepared[number] = found
             for call in found.calls:
@@ -136,7 +140,7 @@ class OneCall(Optimizer):
         found = Prepared(list(group["params"]), gradients)
         found.options = options
         self._prepare(found, group, number)
-        found.seal(len(self.state))
+        found.seal(_contents(self.state))
         return found
 
     def _by_dtype(
@@ -174,7 +178,6 @@ class OneCall(Optimizer):
             value = torch.empty_like(p).copy_(value)
         value = value.detach()
         entry[name] = value
-        found.entries.append((entry, name, value))
         found.tensors.append(value)
         return value
 
@@ -213,6 +216,12 @@ class OneCall(Optimizer):
 
     def _name(self) -> str:
         return f"fastmaml.optim.{type(self).__name__}"
+
+
+def _contents(state: dict[Tensor, dict[str, Any]]) -> list[Any]:
+    """The entries of a state, and what they hold."""
+    entries = state.values()
+    return [*entries, *chain.from_iterable(map(_VALUES, entries))]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -8,6 +8,7 @@ each ``low + u (high - low)`` with u uniform in [0, 1).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from fastmaml import _native
 from fastmaml.tasks.batch import TaskBatch, batch_of
 from fastmaml.tasks.philox import TaskStream, task_words, uniform
 from fastmaml.tasks.sampler import TaskSampler, check_count, native_core
+
+# quicker than making a tensor from its shape
+_EMPTY_LIKE = torch.empty_like
 
 
 class Sinusoid(TaskSampler):
@@ -60,14 +64,18 @@ class Sinusoid(TaskSampler):
         self.amplitude = _check_range("amplitude", amplitude)
         self.phase = _check_range("phase", phase)
         self.x = _check_range("x", x)
-        self._wave = None
+        self._waves: Any = None
+        self._sizes = support, queries
+        self._like: tuple[int, Tensor, Tensor] | None = None
         if (core := native_core(self.device, dtype)) is not None:
             single = dtype == torch.float32
-            self._wave = core.sinusoids_float32 if single else core.sinusoids_float64
+            kind = core.SinusoidsFloat32 if single else core.SinusoidsFloat64
+            ranges = self.amplitude, self.phase, self.x
+            self._waves = kind(support, queries, *ranges)
 
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """Returns the next ``tasks`` tasks of ``stream``."""
-        if self._wave is None:
+        if self._waves is None:
             return self._restated(tasks, stream)[0]
         return self._drawn(tasks, stream, 0, 0)
 
@@ -86,7 +94,7 @@ class Sinusoid(TaskSampler):
         return self._draw(check_count("tasks", tasks), self._fixed_stream(seed))
 
     def _draw(self, tasks: int, stream: TaskStream) -> tuple[TaskBatch, Tensor, Tensor]:
-        if self._wave is None:
+        if self._waves is None:
             return self._restated(tasks, stream)
         waves = torch.empty((2, tasks), dtype=self.dtype)
         amplitude, phase = waves
@@ -97,27 +105,23 @@ class Sinusoid(TaskSampler):
         self, tasks: int, stream: TaskStream, amplitudes: int, phases: int
     ) -> TaskBatch:
         """By the extension, which also writes amplitudes and phases at addresses."""
-        dtype = self.dtype
-        support, query = (tasks, self.support, 1), (tasks, self.queries, 1)
-        support_x = torch.empty(support, dtype=dtype)
-        support_y = torch.empty(support, dtype=dtype)
-        query_x = torch.empty(query, dtype=dtype)
-        query_y = torch.empty(query, dtype=dtype)
-        places = _native.addresses((support_x, support_y, query_x, query_y))
-        self._wave(  # type: ignore[misc]
-            stream.key,
-            stream.take(tasks),
-            tasks,
-            self.support,
-            self.queries,
-            self.amplitude,
-            self.phase,
-            self.x,
-            *places,
-            amplitudes,
-            phases,
+        like = self._like
+        if like is None or like[0] != tasks:
+            samples, queries = self._sizes
+            support = torch.empty((tasks, samples, 1), dtype=self.dtype)
+            query = torch.empty((tasks, queries, 1), dtype=self.dtype)
+            self._like = like = tasks, support, query
+        _, support, query = like
+        made = (
+            _EMPTY_LIKE(support),
+            _EMPTY_LIKE(support),
+            _EMPTY_LIKE(query),
+            _EMPTY_LIKE(query),
         )
-        return batch_of(support_x, support_y, query_x, query_y)
+        places = _native.addresses(made)
+        first = stream.take(tasks)
+        self._waves.draw(stream.key, first, tasks, places, amplitudes, phases)
+        return batch_of(*made)
 
     def _restated(
         self, tasks: int, stream: TaskStream
