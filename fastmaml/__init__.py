@@ -1,12 +1,12 @@
 """Fast model-agnostic meta-learning: one engine, batches of tasks, exact gradients.
 
 >>> learner = fastmaml.MAML(model, loss="cross_entropy", inner_lr=0.4)
->>> loss = learner.meta_loss(tasks)
->>> loss.backward()
+>>> loss = learner.backward(tasks)
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastmaml import optim
 from fastmaml.compile import CompileReport, EngineReport, compile_module
 from fastmaml.engines import Engine, FunctionalEngine, MetaGradient, Rates, StepMetrics
 from fastmaml.learners import FOMAML, MAML, Evaluation, Learner, TaskModel
@@ -36,5 +36,6 @@ __all__ = [
     "TaskSampler",
     "compile_module",
     "get_num_threads",
+    "optim",
     "set_num_threads",
 ]

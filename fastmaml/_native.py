@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 NAME = "fastmaml._core"
+_ADDRESS, _IS_CONTIGUOUS, _NUMEL = Tensor.data_ptr, Tensor.is_contiguous, Tensor.numel
 
 
 class NativeUnavailable(ImportError):
@@ -127,3 +128,22 @@ def images_address(name: str, images: Tensor, dtype: torch.dtype) -> int:
     """As `address`, for images [..., C, H, W] that lie channels last in memory."""
     last = images.movedim(-3, -1)
     return address(name, last, dtype, last.shape)
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where tensors are, for callers that have checked them before."""
+    return [*map(_ADDRESS, tensors)]
+
+
+def places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors are, and how they lie there: equal as long as nothing moved."""
+    return [
+        *map(_ADDRESS, tensors),
+        *map(_IS_CONTIGUOUS, tensors),
+        *map(_NUMEL, tensors),
+    ]
+
+
+def contiguous(tensors: Iterable[Tensor]) -> bool:
+    """Whether all of them still lie in memory without gaps, in order."""
+    return all(map(_IS_CONTIGUOUS, tensors))

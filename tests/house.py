@@ -25,7 +25,8 @@ MAY_INCLUDE = {
     "cpu": {"common", "math", "program", "cpu"},
     "cuda": {"common", "math", "program", "cuda"},
     "meta": {"common", "math", "program", "meta"},
-    "bind": {"common", "math", "program", "cpu", "cuda", "meta", "bind"},
+    "tasks": {"common", "tasks"},
+    "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
 }
 HOSTS = {"github.com", "raw.githubusercontent.com", "arxiv.org", "pytorch.org"}
 LOOPBACK = {"127.0.0.1", "localhost"}
@@ -60,7 +61,7 @@ def find(root: Path, path: Path, pattern: str, wrong: str) -> Iterator[str]:
 
 
 def includes_go_one_way(root: Path) -> Iterator[str]:
-    """Includes follow common <- math <- program <- {cpu, cuda, meta} <- bind."""
+    """Includes follow common <- math <- program <- {cpu, cuda, meta}, tasks <- bind."""
     for path in files(root, ".cpp", ".h", ".cu", ".cuh"):
         own = path.relative_to(root).parts[1]
         for number, line in enumerate(text(path).splitlines(), 1):

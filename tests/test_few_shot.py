@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from fastmaml.tasks import FewShotImages
-from fastmaml.tasks.few_shot import _by_floyd, _by_keys
 
 CLASSES, DRAWINGS = 30, 8
 
@@ -58,22 +57,23 @@ def test_all_classes_are_needed_at_the_limit():
     assert torch.equal(classes, torch.arange(5).expand(50, 5))
 
 
-@pytest.mark.parametrize("draw", [_by_floyd, _by_keys])
-@pytest.mark.parametrize(("choices", "count"), [(4, 3), (4, 4), (5, 2), (3, 1)])
-def test_every_ordered_selection_is_equally_likely(draw, choices, count):
-    generator = torch.Generator().manual_seed(0)
-    rows = 48_000
-    picks = draw(rows, choices, count, generator)
-    assert picks.shape == (rows, count)
-    codes = (picks * choices ** torch.arange(count)).sum(1)
-    seen = torch.bincount(codes)
-    seen = seen[seen > 0].double()
-    selections = int(torch.arange(choices - count + 1, choices + 1).prod())
-    assert len(seen) == selections
-    expected = rows / selections
-    chi_square = ((seen - expected) ** 2 / expected).sum()
-    freedom = max(selections - 1, 1)
-    assert chi_square < freedom + 4.5 * (2 * freedom) ** 0.5
+def test_every_ordered_pair_of_drawings_is_equally_likely():
+    sampler = FewShotImages(named_images(drawings=5), ways=5, shots=1, queries=1)
+    batch = sampler.sample(4000)
+    codes = origin(batch.support_x)[1] * 5 + origin(batch.query_x)[1]
+    seen = torch.bincount(codes.flatten(), minlength=25).double()
+    assert (seen[::6] == 0).all()  # never twice the same
+    seen = seen[seen > 0]
+    expected = 20_000 / 20
+    # 19 degrees of freedom: 47 is exceeded once in 2500 streams
+    assert len(seen) == 20 and ((seen - expected) ** 2 / expected).sum() < 47
+
+
+def test_every_class_is_equally_likely():
+    batch = FewShotImages(named_images(), ways=5).sample(6000)
+    seen = torch.bincount(origin(batch.support_x)[0].flatten(), minlength=30).double()
+    # 29 degrees of freedom, less for drawing without replacement
+    assert ((seen - 1000) ** 2 / 1000).sum() < 62
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -30,6 +30,18 @@ def test_targets_are_the_wave_of_the_task():
         torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-14)
 
 
+# the last is beyond what the quick sine is for
+@pytest.mark.parametrize("bound", [1e-3, 5.0, 3e4, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sines_are_good_to_the_last_places(bound, dtype):
+    sampler = Sinusoid(40, 3, x=(-bound, bound), dtype=dtype)
+    batch, amplitude, phase = sampler.sample_with_parameters(50)
+    angle = batch.support_x - phase[:, None, None]  # rounded as the sampler rounds it
+    want = amplitude[:, None, None].double() * torch.sin(angle.double())
+    error = (batch.support_y.double() - want).abs() / amplitude[:, None, None]
+    assert error.max() < 2 * torch.finfo(dtype).eps
+
+
 def test_distribution_is_the_papers():
     batch, amplitude, phase = Sinusoid().sample_with_parameters(20_000)
     x = torch.cat([batch.support_x, batch.query_x], 1)
@@ -114,14 +126,14 @@ def test_refuses(make, error, words):
     ("change", "words"),
     [
         ({"sampler": "FewShotImages"}, "state is of a FewShotImages"),
-        ({"device": "cuda"}, "state was saved on cuda"),
+        ({"generator": "mersenne"}, "state is of the generator 'mersenne'"),
     ],
 )
 def test_refuses_a_state_of_something_else(change, words):
     sampler = Sinusoid()
     with pytest.raises(ValueError, match=words):
         sampler.load_state_dict({**sampler.state_dict(), **change})
-    with pytest.raises(ValueError, match="lacks 'generator'"):
+    with pytest.raises(ValueError, match="lacks 'key'"):
         state = sampler.state_dict()
-        del state["generator"]
+        del state["key"]
         sampler.load_state_dict(state)

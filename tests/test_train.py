@@ -49,6 +49,13 @@ class Quadratic:
         loss = self.w.square().sum() + 0 * tasks.query_x.mean()
         return loss * self.poison.get(self.calls, 1.0)
 
+    def backward(self, tasks: TaskBatch, *, accumulate: bool = True) -> Tensor:
+        if not accumulate:
+            self.w.grad = None
+        loss = self.meta_loss(tasks)
+        loss.backward()
+        return loss.detach()
+
     def evaluate(
         self, tasks: TaskBatch, steps: int | None = None, inductive: bool = False
     ) -> Evaluation:
@@ -264,8 +271,8 @@ def test_resuming_restores_all_of_it(tmp_path: Path) -> None:
     run(15, tmp_path / "b", False)
     assert torch.equal(run(30, tmp_path / "b", True).w, straight.w)
     states = [load_checkpoint(tmp_path / x / "last.pt") for x in "ab"]
-    generators = [state.sampler["generator"] for state in states]
-    assert torch.equal(generators[0], generators[1])
+    assert states[0].sampler == states[1].sampler
+    assert states[0].sampler["task"] == 30 * 2
 
 
 def test_refusals(tmp_path: Path) -> None:

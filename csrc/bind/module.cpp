@@ -3,16 +3,12 @@
 // Each call comes in two dtypes and answers with its plan. A call whose workspace is too small
 // computes nothing: the caller reads `plan.bytes`, brings more, and calls again. Pointers have been
 // checked by fastmaml/_native.py, which is the only caller. The GIL is released while it runs.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bind/module.h"
+#include "bind/arguments.h"
 #include "bind/bench.h"
 #include "common/error.h"
 #include "cpu/backend_cpu.h"
 #include "cpu/parallel.h"
-#include "meta/options.h"
-
-namespace py = pybind11;
 
 namespace fm {
 namespace {
@@ -58,43 +54,6 @@ std::unique_ptr<Program> make_program(const std::vector<index_t>& input,
     specs.push_back(layer_spec(kind, name, attributes));
   }
   return std::make_unique<Program>(input, specs, LossSpec{loss, reduction});
-}
-
-using Address = std::uintptr_t;
-using Addresses = std::vector<Address>;
-
-template <class P>
-P* at(Address address) {
-  return reinterpret_cast<P*>(address);
-}
-
-template <class P>
-TensorList<P> tensors(const Program& program, const Addresses& addresses, bool per_task) {
-  require(addresses.size() == program.parameters().size(), "expected ", program.parameters().size(),
-          " tensors, got ", addresses.size());
-  TensorList<P> list;
-  list.per_task = per_task;
-  for (Address a : addresses) list.tensors.push_back(at<P>(a));
-  return list;
-}
-
-// (x, y, samples per task, channels last)
-using SamplesTuple = std::tuple<Address, Address, index_t, bool>;
-
-template <class S>
-Samples<S> samples(const SamplesTuple& t) {
-  return {at<const S>(std::get<0>(t)), at<const void>(std::get<1>(t)), std::get<2>(t),
-          std::get<3>(t)};
-}
-
-// (values, layout, rows, adapted per tensor)
-using RatesTuple = std::tuple<Address, int, index_t, std::vector<std::uint8_t>>;
-
-template <class S>
-Rates<S> rates(const Program& program, const RatesTuple& t) {
-  require(std::get<3>(t).size() == program.parameters().size(), "adapted: expected ",
-          program.parameters().size(), " flags, got ", std::get<3>(t).size());
-  return {at<const S>(std::get<0>(t)), RateLayout(std::get<1>(t)), std::get<2>(t), std::get<3>(t)};
 }
 
 using WorkspacePair = std::pair<Address, index_t>;  // address, bytes
@@ -228,6 +187,9 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("loss", &CallPlan::loss);
   define_calls<float>(m, "float32");
   define_calls<double>(m, "float64");
+  bind::define_prepared(m);
+  bind::define_optimizers(m);
+  bind::define_sampling(m);
   m.def("build_info", &build_info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads);

@@ -220,7 +220,7 @@ FM_INLINE void dense_block(const DenseProduct& p, const DenseBlocks& blocks, ind
 // a pass it. Few rows are not worth splitting.
 inline void dense_product(const DenseProduct& p, const Exec& exec) {
   const DenseBlocks blocks(p.columns);
-  parallel(exec, p.rows, 4 * kTileRows, [&](index_t begin, index_t end) {
+  parallel(exec, p.rows, kTileRows, p.depth * p.columns, [&](index_t begin, index_t end) {
     for (index_t b = 0; b < blocks.count; ++b) dense_block<false>(p, blocks, b, begin, end);
   });
 }
@@ -229,7 +229,7 @@ inline void dense_product(const DenseProduct& p, const Exec& exec) {
 inline void dense_gradient(const DenseProduct& whole, const Exec& exec) {
   const DenseBlocks blocks(whole.columns);
   const index_t run = chunk_rows(whole.rows, whole.columns);
-  parallel(exec, whole.rows, kTileRows, [&](index_t begin, index_t end) {
+  parallel(exec, whole.rows, kTileRows, whole.depth * whole.columns, [&](index_t begin, index_t end) {
     DenseProduct p = whole;
     for (index_t first = 0; first < whole.depth; first += run) {
       p.depth = min_of(run, whole.depth - first);

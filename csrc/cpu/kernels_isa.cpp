@@ -19,6 +19,7 @@
 #include "math/activation.h"
 #include "math/loss.h"
 #include "math/normalize.h"
+#include "math/optimizer.h"
 #include "math/policy.h"
 #include "program/backend.h"
 
@@ -38,6 +39,7 @@
 #include "cpu/pool.inl.h"
 #include "cpu/loss.inl.h"
 #include "cpu/vector_ops.inl.h"
+#include "cpu/optimizer.inl.h"
 // clang-format on
 
 namespace FM_KERNELS {
@@ -87,6 +89,7 @@ const Backend<S>& backend() {
        {gaussian_policy_value, gaussian_policy_hessian}},
       {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows, gather,
        scatter, to_channels_last},
+      {adam, sgd},
       task_slots,
       for_each_task,
       for_each_range};

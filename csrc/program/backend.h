@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/types.h"
+#include "math/optimizer.h"
 #include "program/layer.h"
 
 namespace fm {
@@ -65,12 +66,20 @@ struct VectorOps {
   void (*to_channels_last)(index_t n, index_t channels, index_t pixels, const S* src, S* dst);
 };
 
+// Outer optimizers, one parameter of n elements a call; `largest` and `buffer` may be null.
+template <class S>
+struct OptimizerOps {
+  void (*adam)(const math::AdamRule<S>&, index_t n, const S* g, S* p, S* m, S* v, S* largest);
+  void (*sgd)(const math::SgdRule<S>&, index_t n, const S* g, S* p, S* buffer);
+};
+
 template <class S>
 struct Backend {
   const char* name;
   LayerOps<S> layers[int(LayerKind::count)];
   LossOps<S> losses[int(LossKind::count)];
   VectorOps<S> vector;
+  OptimizerOps<S> optimizer;
   // Tasks that are in work at the same time at most, each in a workspace slot of its own.
   index_t (*slots)(index_t tasks);
   // Calls body(state, slot, task, exec) for every task, slot < slots. `exec.context` is set when

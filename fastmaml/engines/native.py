@@ -26,6 +26,7 @@ from fastmaml.engines.native_arguments import (
     Samples,
     sample_arguments,
 )
+from fastmaml.engines.native_call import PreparedCall
 from fastmaml.losses import accuracy, resolve_loss
 from fastmaml.tasks.batch import TaskBatch
 
@@ -91,7 +92,7 @@ class NativeEngine:
     @property
     def plan(self) -> Plan | None:
         """Memory of the latest call; ``None`` before the first."""
-        p = self._plan
+        p = getattr(self._plan, "plan", self._plan)
         if p is None:
             return None
         return Plan(
@@ -143,6 +144,29 @@ class NativeEngine:
             rate_gradient=own.rates_to_model(slopes, rates) if rate_gradient else None,
             query_loss=query[0],
             query_accuracy=query[1] if self._classes else None,
+        )
+
+    def prepare(
+        self,
+        params: Params,
+        rates: Rates,
+        tasks: TaskBatch,
+        *,
+        steps: int,
+        first_order: bool,
+        loss_weights: Sequence[float] | None,
+        rate_gradient: bool,
+    ) -> PreparedCall:
+        """The meta-gradient of these very parameters, on further tasks like these."""
+        return PreparedCall(
+            self,
+            params,
+            rates,
+            tasks,
+            steps=steps,
+            first_order=first_order,
+            loss_weights=loss_weights,
+            rate_gradient=rate_gradient,
         )
 
     def adapt(
@@ -230,6 +254,19 @@ class NativeEngine:
                 plan = call(*arguments, (_native.own_address(space), space.numel()))
             self._plan = plan
         return plan
+
+    def _run_prepared(
+        self, call: Any, places: list[int], support_last: bool, query_last: bool
+    ) -> Any:
+        """As `_run`, for a prepared call; the caller holds the lock."""
+        lasts = support_last, query_last
+        space = self._workspace
+        found = call.run(places, *lasts, _native.own_address(space), space.numel())
+        while found is None:
+            self._workspace = space = torch.empty(call.plan.bytes, dtype=torch.uint8)
+            found = call.run(places, *lasts, _native.own_address(space), space.numel())
+        self._plan = call
+        return found
 
     def _adapt(
         self,

@@ -110,6 +110,12 @@ class ParameterArguments:
         address = _native.address("rates", values, dtype, values.shape)
         return address, LAYOUTS[rates.layout], rows, adapted
 
+    def reads_rates_in_place(self, rates: Rates, dtype: torch.dtype) -> bool:
+        """Whether `rates` hands over the values themselves, not a copy."""
+        values = rates.values
+        ordered = not self._reorder or rates.layout == "scalar"
+        return ordered and values.dtype == dtype and values.is_contiguous()
+
     def rates_to_model(self, rows: Tensor, rates: Rates) -> Tensor:
         """A gradient for the rates, shaped and ordered like ``rates.values``."""
         if self._reorder and rates.layout != "scalar":

@@ -28,12 +28,11 @@ class ModelWatch:
 
     def changed(self) -> bool:
         """Whether the model needs a new engine."""
-        if any(
-            slot.get(key) is not p or p.requires_grad is not trainable
-            for slot, key, p, trainable in self._slots
-        ):
-            return True
-        if any(module.training is not mode for module, mode in self._modes):
-            return True
+        for slot, key, p, trainable in self._slots:
+            if slot.get(key) is not p or p.requires_grad is not trainable:
+                return True
+        for module, mode in self._modes:
+            if module.training is not mode:
+                return True
         first = self._first
         return first is not None and (first.dtype, first.device) != self._kind

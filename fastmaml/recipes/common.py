@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from fastmaml import _native
 from fastmaml.learners import MAML
+from fastmaml.optim import Adam
 from fastmaml.tasks.batch import TaskBatch
 from fastmaml.tasks.sampler import TaskSampler, check_count
 from fastmaml.train.checkpoint import (
@@ -245,9 +247,11 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def adam(parameters: Any, lr: float) -> torch.optim.Adam:
+def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
     """Adam in its fastest form that works for these parameters."""
     parameters = list(parameters)
+    if _native.unavailable() is None and all(p.is_cpu for p in parameters):
+        return Adam(parameters, lr)
     try:
         return torch.optim.Adam(parameters, lr, fused=True)
     except RuntimeError:

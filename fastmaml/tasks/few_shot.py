@@ -1,8 +1,9 @@
 """Few-shot classification out of an array of images in memory.
 
-A meta-batch is two small draws of distinct integers (classes of a task, drawings of a
-class) and one gather over the flattened images; support rows come first, then query
-rows, so that both halves of the gathered block are contiguous.
+Of the random words of a task (`fastmaml.tasks.philox`), the first ``ways`` select its
+classes; then follow, class after class, shots + queries words that select drawings,
+those of the support first (`fastmaml.tasks.philox.distinct`). Images are gathered as
+rows of a block that lies as the batch will.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaml.tasks.batch import TaskBatch
-from fastmaml.tasks.sampler import TaskSampler, check_count
+from fastmaml import _native
+from fastmaml.tasks.batch import TaskBatch, batch_of
+from fastmaml.tasks.philox import TaskStream, distinct
+from fastmaml.tasks.sampler import TaskSampler, check_count, native_core
 
 
 class FewShotImages(TaskSampler):
@@ -37,7 +40,7 @@ class FewShotImages(TaskSampler):
         queries: query images of a class.
         rotations: multiples of 90 degrees, counter-clockwise like ``PIL.Image.rotate``.
         invert: whether to turn v into 255 - v (ink black on white to white on black).
-        seed: start of the stream.
+        seed: which stream, below 2^64.
         device: where images are kept and batches are made.
         dtype: floating dtype of the batches.
         channels_last: whether the memory of a batch is [T, S, H, W, C]; its logical
@@ -79,11 +82,36 @@ class FewShotImages(TaskSampler):
         self.channels_last = channels_last
         self._rows = _rows(images, self.rotations, invert, channels_last)
         self._labels = torch.arange(ways, device=self.device)
+        self._episodes = None
+        if (core := native_core(self.device, dtype)) is not None:
+            single = dtype == torch.float32
+            self._episodes = core.few_shot_float32 if single else core.few_shot_float64
 
-    def draw(self, tasks: int, generator: torch.Generator) -> TaskBatch:
-        """Returns ``tasks`` tasks made of random numbers of ``generator`` alone."""
-        support, query = self._draw_rows(tasks, generator)
-        rows = torch.cat([support.flatten(), query.flatten()])
+    def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
+        """Returns the next ``tasks`` tasks of ``stream``."""
+        if self._episodes is None:
+            return self._restated(tasks, stream)
+        support, query = self.ways * self.shots, self.ways * self.queries
+        pixels = self._rows.shape[1]
+        support_x = torch.empty((tasks, support, pixels), dtype=self.dtype)
+        query_x = torch.empty((tasks, query, pixels), dtype=self.dtype)
+        support_y = torch.empty((tasks, support), dtype=torch.int64)
+        query_y = torch.empty((tasks, query), dtype=torch.int64)
+        places = _native.addresses((self._rows, support_x, support_y, query_x, query_y))
+        sizes = (self.classes, self.drawings, self.ways, self.shots, self.queries)
+        first = stream.take(tasks)
+        self._episodes(stream.key, first, tasks, (*sizes, pixels), *places)
+        return batch_of(
+            self._images(support_x, tasks),
+            support_y,
+            self._images(query_x, tasks),
+            query_y,
+        )
+
+    def _restated(self, tasks: int, stream: TaskStream) -> TaskBatch:
+        """The same tasks where the extension can't be used."""
+        support, query = self._select(tasks, stream)
+        rows = torch.cat([support.flatten(), query.flatten()]).to(self.device)
         x = self._rows.index_select(0, rows).to(self.dtype).div_(255)
         cut = support.numel()
         return TaskBatch(
@@ -93,15 +121,14 @@ class FewShotImages(TaskSampler):
             self._targets(tasks, self.queries),
         )
 
-    def _draw_rows(
-        self, tasks: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _select(self, tasks: int, stream: TaskStream) -> tuple[Tensor, Tensor]:
         """Rows of the flattened images: [T, ways, shots] and [T, ways, queries]."""
         each = self.shots + self.queries
-        classes = _draw_distinct(tasks, self.classes, self.ways, generator)
-        drawings = _draw_distinct(tasks * self.ways, self.drawings, each, generator)
-        rows = classes.unsqueeze(2) * self.drawings + drawings.view(tasks, -1, each)
-        support, query = rows.split((self.shots, self.queries), 2)
+        words = stream.words(tasks, self.ways * (1 + each))
+        classes = distinct(words[:, : self.ways], self.classes)
+        drawings = distinct(words[:, self.ways :].reshape(-1, each), self.drawings)
+        rows = classes[:, :, None] * self.drawings + drawings.reshape(tasks, -1, each)
+        support, query = torch.from_numpy(rows).split((self.shots, self.queries), 2)
         return support, query
 
     def _images(self, x: Tensor, tasks: int) -> Tensor:
@@ -168,41 +195,3 @@ def _rows(
         stack = stack.permute(0, 1, 3, 4, 2)
     rows = stack.flatten(0, 1).flatten(1)
     return (255 - rows if invert else rows).contiguous()
-
-
-def _draw_distinct(
-    rows: int, choices: int, count: int, generator: torch.Generator
-) -> Tensor:
-    """Draws ``count`` distinct integers below ``choices`` in every row, [rows, count].
-
-    All ordered selections are equally likely.
-    """
-    # On a GPU a kernel launch costs more than random keys for all the choices.
-    method = _by_floyd if generator.device.type == "cpu" else _by_keys
-    return method(rows, choices, count, generator)
-
-
-def _by_floyd(
-    rows: int, choices: int, count: int, generator: torch.Generator
-) -> Tensor:
-    """Floyd's method, with ``count`` random numbers a row.
-
-    Step i draws t below m + 1 with m = choices - count + i and takes t, or m if t is
-    taken. Every set is equally likely then, but not every order, hence the shuffle.
-    """
-    device = generator.device
-    numbers = torch.rand(
-        (2, count, rows), generator=generator, device=device, dtype=torch.float64
-    )
-    above = torch.arange(choices - count + 1, choices + 1, device=device).unsqueeze(1)
-    picks = (numbers[0] * above).long()  # [count, rows]
-    for i in range(1, count):
-        taken = (picks[:i] == picks[i]).any(0)
-        picks[i].masked_fill_(taken, choices - count + i)
-    return picks.gather(0, numbers[1].argsort(0)).t()
-
-
-def _by_keys(rows: int, choices: int, count: int, generator: torch.Generator) -> Tensor:
-    """The places of the largest of ``choices`` random keys a row."""
-    keys = torch.rand((rows, choices), generator=generator, device=generator.device)
-    return keys.topk(count, dim=1).indices

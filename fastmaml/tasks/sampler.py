@@ -1,4 +1,9 @@
-"""What training asks of a source of tasks: batches, and a stream that can resume."""
+"""What training asks of a source of tasks: batches, and a stream that can resume.
+
+Every task has a number, and is made of the random words that the generator gives for
+that number (`fastmaml.tasks.philox`). So a stream of tasks is the same however it is
+cut into batches, with any number of threads and on every device.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,13 @@ from typing import Any
 
 import torch
 
+from fastmaml import _native
 from fastmaml.tasks.batch import TaskBatch
+from fastmaml.tasks.philox import NAME, TaskStream
 
 # Keeps fixed sets apart from the stream of a sampler that was given the same seed.
 _FIXED_SALT = 0x5DEECE66D1CE4E5B
+_KEYS = 2**64  # there are as many streams
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
@@ -31,16 +39,16 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 class TaskSampler(abc.ABC):
     """A seeded, endless stream of tasks.
 
-    A subclass writes ``draw``; everything else follows. The random generator lives on
-    the sampler's device, so nothing is copied between devices to make a batch, and the
-    same seed gives other tasks on another kind of device.
+    A subclass writes ``draw``; everything else follows. The same seed gives the same
+    tasks on every device (floating numbers to rounding), and ``sample(7)`` the same as
+    ``sample(3)`` and then ``sample(4)``.
 
     Attributes:
         input_shape: shape of one sample.
         outputs: number of ways, or of regression outputs.
 
     Args:
-        seed: start of the stream.
+        seed: which stream, below 2^64.
         device: where batches are made.
         dtype: floating dtype of the batches.
     """
@@ -57,14 +65,14 @@ class TaskSampler(abc.ABC):
     ) -> None:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype, got {dtype}")
-        self.seed = check_count("seed", seed, least=0)
+        self.seed = _check_seed(seed)
         self.device = torch.device(device)
         self.dtype = dtype
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._stream = TaskStream(seed)
 
     @abc.abstractmethod
-    def draw(self, tasks: int, generator: torch.Generator) -> TaskBatch:
-        """Returns ``tasks`` tasks made of random numbers of ``generator`` alone."""
+    def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
+        """Returns the next ``tasks`` tasks of ``stream``, made of its words alone."""
 
     def sample(self, tasks: int) -> TaskBatch:
         """Returns the next ``tasks`` tasks of the stream.
@@ -73,7 +81,7 @@ class TaskSampler(abc.ABC):
             TypeError: ``tasks`` is no integer.
             ValueError: ``tasks`` is less than 1.
         """
-        return self.draw(check_count("tasks", tasks), self._generator)
+        return self.draw(check_count("tasks", tasks), self._stream)
 
     def fixed(self, tasks: int, seed: int = 0) -> TaskBatch:
         """Returns a fixed set of tasks, for validation and test.
@@ -85,31 +93,31 @@ class TaskSampler(abc.ABC):
             tasks: how many.
             seed: which set.
         """
-        generator = self._fixed_generator(seed)
-        return self.draw(check_count("tasks", tasks), generator)
+        return self.draw(check_count("tasks", tasks), self._fixed_stream(seed))
 
     def fixed_batches(
         self, tasks: int, seed: int = 0, *, batch: int
     ) -> Iterator[TaskBatch]:
-        """Yields a fixed set in batches, for sets too large to hold at once.
+        """Yields the tasks of ``fixed`` in batches, for sets too large to hold at once.
 
         Args:
             tasks: tasks of the set; the last batch may be smaller.
-            seed: which set. The tasks depend on ``batch`` too.
+            seed: which set.
             batch: tasks of each yielded batch.
         """
         check_count("tasks", tasks)
         check_count("batch", batch)
-        generator = self._fixed_generator(seed)
+        stream = self._fixed_stream(seed)
         for start in range(0, tasks, batch):
-            yield self.draw(min(batch, tasks - start), generator)
+            yield self.draw(min(batch, tasks - start), stream)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place in the stream; loading it continues bit for bit."""
         return {
             "sampler": type(self).__name__,
-            "device": self.device.type,
-            "generator": self._generator.get_state(),
+            "generator": NAME,
+            "key": self._stream.key,
+            "task": self._stream.task,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,9 +127,15 @@ class TaskSampler(abc.ABC):
             state: what ``state_dict`` returned.
 
         Raises:
-            ValueError: the state is of another kind of sampler or device.
+            ValueError: the state is of another kind of sampler or generator.
         """
-        for key in ("sampler", "device", "generator"):
+        if isinstance(state.get("generator"), torch.Tensor):
+            raise ValueError(
+                "state is of torch's generator, which samplers used before they drew "
+                f"from {NAME}; that stream can't go on here: start the run again, or "
+                "resume it with the version of fastmaml that began it"
+            )
+        for key in ("sampler", "generator", "key", "task"):
             if key not in state:
                 raise ValueError(
                     f"state lacks {key!r}; pass what state_dict() of a "
@@ -132,15 +146,26 @@ class TaskSampler(abc.ABC):
                 f"state is of a {state['sampler']}, this sampler is a "
                 f"{type(self).__name__}"
             )
-        if state["device"] != self.device.type:
+        if state["generator"] != NAME:
             raise ValueError(
-                f"state was saved on {state['device']}, this sampler draws on "
-                f"{self.device.type}, where random numbers differ; make the sampler "
-                f"with device={state['device']!r} to continue the stream"
+                f"state is of the generator {state['generator']!r}, this sampler draws "
+                f"from {NAME!r}"
             )
-        self._generator.set_state(state["generator"].cpu())
+        self._stream = TaskStream(state["key"], state["task"])
 
-    def _fixed_generator(self, seed: int) -> torch.Generator:
-        check_count("seed", seed, least=0)
-        salted = (seed ^ _FIXED_SALT) & (2**63 - 1)
-        return torch.Generator(self.device).manual_seed(salted)
+    def _fixed_stream(self, seed: int) -> TaskStream:
+        return TaskStream(_check_seed(seed) ^ _FIXED_SALT)
+
+
+def native_core(device: torch.device, dtype: torch.dtype) -> Any:
+    """The extension if it draws tasks on this device in this dtype, else ``None``."""
+    drawn = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    if not drawn or _native.unavailable() is not None:
+        return None
+    return _native.core()
+
+
+def _check_seed(seed: int) -> int:
+    if check_count("seed", seed, least=0) >= _KEYS:
+        raise ValueError(f"seed must be below 2^64, got {seed}")
+    return seed

@@ -1,18 +1,26 @@
 """Few-shot regression on sine waves (Finn et al. 2017, section 5.1).
 
-A task is a wave ``y = A sin(x - phase)``. One call of the random generator serves a
-whole meta-batch: T amplitudes, T phases, then the support and the query inputs.
+A task is a wave ``y = A sin(x - phase)``. Its random words (`fastmaml.tasks.philox`)
+are, in this order, A, phase, the x of its support samples, the x of its query samples:
+each ``low + u (high - low)`` with u uniform in [0, 1).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaml.tasks.batch import TaskBatch
-from fastmaml.tasks.sampler import TaskSampler, check_count
+from fastmaml import _native
+from fastmaml.tasks.batch import TaskBatch, batch_of
+from fastmaml.tasks.philox import TaskStream, task_words, uniform
+from fastmaml.tasks.sampler import TaskSampler, check_count, native_core
+
+# quicker than making a tensor from its shape
+_EMPTY_LIKE = torch.empty_like
 
 
 class Sinusoid(TaskSampler):
@@ -21,7 +29,7 @@ class Sinusoid(TaskSampler):
     Args:
         support: support samples of a task, S.
         queries: query samples of a task, Q.
-        seed: start of the stream.
+        seed: which stream, below 2^64.
         amplitude: range of A, uniform.
         phase: range of the phase in radians, uniform.
         x: range of the inputs, uniform.
@@ -56,11 +64,20 @@ class Sinusoid(TaskSampler):
         self.amplitude = _check_range("amplitude", amplitude)
         self.phase = _check_range("phase", phase)
         self.x = _check_range("x", x)
-        self._cached_bounds: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._waves: Any = None
+        self._sizes = support, queries
+        self._like: tuple[int, Tensor, Tensor] | None = None
+        if (core := native_core(self.device, dtype)) is not None:
+            single = dtype == torch.float32
+            kind = core.SinusoidsFloat32 if single else core.SinusoidsFloat64
+            ranges = self.amplitude, self.phase, self.x
+            self._waves = kind(support, queries, *ranges)
 
-    def draw(self, tasks: int, generator: torch.Generator) -> TaskBatch:
-        """Returns ``tasks`` tasks made of random numbers of ``generator`` alone."""
-        return self._draw(tasks, generator)[0]
+    def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
+        """Returns the next ``tasks`` tasks of ``stream``."""
+        if self._waves is None:
+            return self._restated(tasks, stream)[0]
+        return self._drawn(tasks, stream, 0, 0)
 
     def sample_with_parameters(self, tasks: int) -> tuple[TaskBatch, Tensor, Tensor]:
         """Returns the next tasks of the stream with what defines each wave.
@@ -68,44 +85,75 @@ class Sinusoid(TaskSampler):
         Returns:
             The batch, the amplitudes [T] and the phases [T] in radians.
         """
-        return self._draw(check_count("tasks", tasks), self._generator)
+        return self._draw(check_count("tasks", tasks), self._stream)
 
     def fixed_with_parameters(
         self, tasks: int, seed: int = 0
     ) -> tuple[TaskBatch, Tensor, Tensor]:
         """Returns the tasks of ``fixed`` with their amplitudes and phases [T]."""
-        return self._draw(check_count("tasks", tasks), self._fixed_generator(seed))
+        return self._draw(check_count("tasks", tasks), self._fixed_stream(seed))
 
-    def _draw(
-        self, tasks: int, generator: torch.Generator
+    def _draw(self, tasks: int, stream: TaskStream) -> tuple[TaskBatch, Tensor, Tensor]:
+        if self._waves is None:
+            return self._restated(tasks, stream)
+        waves = torch.empty((2, tasks), dtype=self.dtype)
+        amplitude, phase = waves
+        places = _native.addresses((amplitude, phase))
+        return self._drawn(tasks, stream, *places), amplitude, phase
+
+    def _drawn(
+        self, tasks: int, stream: TaskStream, amplitudes: int, phases: int
+    ) -> TaskBatch:
+        """By the extension, which also writes amplitudes and phases at addresses."""
+        like = self._like
+        if like is None or like[0] != tasks:
+            samples, queries = self._sizes
+            support = torch.empty((tasks, samples, 1), dtype=self.dtype)
+            query = torch.empty((tasks, queries, 1), dtype=self.dtype)
+            self._like = like = tasks, support, query
+        _, support, query = like
+        made = (
+            _EMPTY_LIKE(support),
+            _EMPTY_LIKE(support),
+            _EMPTY_LIKE(query),
+            _EMPTY_LIKE(query),
+        )
+        places = _native.addresses(made)
+        first = stream.take(tasks)
+        self._waves.draw(stream.key, first, tasks, places, amplitudes, phases)
+        return batch_of(*made)
+
+    def _restated(
+        self, tasks: int, stream: TaskStream
     ) -> tuple[TaskBatch, Tensor, Tensor]:
-        sizes = (tasks, tasks, tasks * self.support, tasks * self.queries)
-        low, width = self._bounds(sizes)
-        numbers = torch.rand(
-            sum(sizes), generator=generator, device=self.device, dtype=self.dtype
-        )
-        parts = torch.addcmul(low, numbers, width).split(sizes)
-        amplitude, phase = parts[0].view(tasks, 1, 1), parts[1].view(tasks, 1, 1)
-        support_x, query_x = parts[2].view(tasks, -1, 1), parts[3].view(tasks, -1, 1)
-        batch = TaskBatch(
-            support_x,
-            torch.sub(support_x, phase).sin_().mul_(amplitude),
-            query_x,
-            torch.sub(query_x, phase).sin_().mul_(amplitude),
-        )
-        return batch, parts[0], parts[1]
+        """The same tasks where the extension can't be used."""
+        double = self.dtype == torch.float64
+        key, first = stream.key, stream.take(tasks)
+        count = 2 + self.support + self.queries
+        high = task_words(key, first, tasks, count)
+        low = task_words(key, first, tasks, count, plane=1) if double else None
+        number = uniform(high, low)
+        kind = number.dtype.type
 
-    def _bounds(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Low end and width of the range of every number of a meta-batch."""
-        bounds = self._cached_bounds.get(sizes)
-        if bounds is None:
-            ranges = (self.amplitude, self.phase, self.x, self.x)
-            pairs = torch.tensor(ranges, dtype=torch.float64)
-            pairs = pairs.repeat_interleave(torch.tensor(sizes), dim=0)
-            low, high = pairs.to(self.device).unbind(1)
-            bounds = low.to(self.dtype), (high - low).to(self.dtype)
-            self._cached_bounds = {sizes: bounds}
-        return bounds
+        def spread(values: np.ndarray, bounds: tuple[float, float]) -> Tensor:
+            numbers = kind(bounds[0]) + values * kind(bounds[1] - bounds[0])
+            return torch.from_numpy(numbers)
+
+        amplitude = spread(number[:, :1], self.amplitude).unsqueeze(2)
+        phase = spread(number[:, 1:2], self.phase).unsqueeze(2)
+        x = spread(number[:, 2:], self.x).unsqueeze(2)
+        y = amplitude * torch.sin(x - phase)
+        parts = [
+            part.contiguous().to(self.device, self.dtype)
+            for half in zip(
+                x.split((self.support, self.queries), 1),
+                y.split((self.support, self.queries), 1),
+                strict=True,
+            )
+            for part in half
+        ]
+        waves = (w.view(-1).to(self.device, self.dtype) for w in (amplitude, phase))
+        return (TaskBatch(*parts), *waves)  # type: ignore[return-value]
 
 
 def _check_range(name: str, bounds: tuple[float, float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 Meta-steps of small networks take some hundred microseconds, so the loop adds little:
 it reads the loss and a clock, and leaves all else to iterations where it is due.
+Gradients are written straight into ``.grad``; no autograd graph is made.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def fit(
     to be written again.
 
     Args:
-        learner: ``meta_loss(tasks)``, ``evaluate``, ``state_dict`` and so on.
+        learner: ``backward(tasks, accumulate=False)``, ``evaluate``, ``state_dict`` and
+            so on.
         tasks: draws the meta-batches.
         optimizer: over ``learner.parameters()``.
         iterations: meta-steps in all, those before a resume included.
@@ -236,22 +238,21 @@ class _Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
 
     def _run(self, iterations: int, meta_batch: int, stop: StopSignals) -> None:
-        sample, meta_loss = self.tasks.sample, self.learner.meta_loss
-        step, add = self.optimizer.step, self.watch.add
+        sample, backward = self.tasks.sample, self.learner.backward
+        learner, step, add = self.learner, self.optimizer.step, self.watch.add
         schedule, progress = self.schedule, self.progress
         parameters, clip = self.parameters, self.clip_gradient
+        # the learner overwrites gradients of its own parameters; others get none
+        for parameter in parameters:
+            parameter.grad = None
         log, validate = self.every["log_every"], self.every["validate_every"]
         save, now = self.every["checkpoint_every"], time.perf_counter
         self.began = self.logged_at = now()
         self.logged_iteration = self.iteration
         for iteration in range(self.iteration + 1, iterations + 1):
-            batch = sample(meta_batch)
-            for parameter in parameters:
-                parameter.grad = None
-            loss = meta_loss(batch)
-            if not add(loss, self.learner):
+            loss = backward(sample(meta_batch), accumulate=False)
+            if not add(loss, learner):
                 raise self._diverged(iteration)
-            loss.backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_value_(parameters, clip)
             step()

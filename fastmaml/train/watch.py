@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmaml._native import NativeUnavailable, core
+from fastmaml.learners.details import MetaLossDetails
 
 WARM_UP = 20
 DECAY = 0.95
@@ -49,12 +50,12 @@ class LossWatch:
     def add(self, loss: Tensor, learner: Any) -> bool:
         """Adds the loss of an iteration; whether training may go on."""
         self.count += 1
-        accuracy = getattr(learner.last, "query_accuracy", None)
+        on_gpu = loss.is_cuda
+        accuracy = _accuracy(learner.last, on_gpu)
         if accuracy is not None:
             self.classes = True
-            mean = accuracy[:, -1].mean()
-            self.accuracy += mean if mean.is_cuda else mean.item()
-        if loss.is_cuda:
+            self.accuracy += accuracy
+        if on_gpu:
             self.loss = self.loss + loss.detach().double()
             return True
         value = loss.item()
@@ -113,6 +114,17 @@ class LossWatch:
         """Restores what :meth:`state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def _accuracy(details: Any, on_gpu: bool) -> Any:
+    """Accuracy after the last step, mean over tasks; a tensor on a GPU."""
+    if not on_gpu and isinstance(details, MetaLossDetails):
+        return details.mean_accuracy
+    scores = getattr(details, "query_accuracy", None)
+    if scores is None:
+        return None
+    mean = scores[:, -1].mean()
+    return mean if on_gpu else mean.item()
 
 
 class StopSignals:

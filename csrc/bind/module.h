@@ -1,0 +1,15 @@
+// The parts of the Python module, one for each file of this folder.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fm::bind {
+
+// Meta-gradients of which everything but the samples stays the same from call to call.
+void define_prepared(pybind11::module_& m);
+// Steps of outer optimizers over a list of parameters.
+void define_optimizers(pybind11::module_& m);
+// Batches of tasks.
+void define_sampling(pybind11::module_& m);
+
+}  // namespace fm::bind
