@@ -33,6 +33,7 @@
 #include "cpu/bilinear.inl.h"
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"
+#include "cpu/batch_norm_pool.inl.h"
 #include "cpu/layer_norm.inl.h"
 #include "cpu/pool.inl.h"
 #include "cpu/loss.inl.h"
@@ -70,6 +71,8 @@ const Backend<S>& backend() {
            bilinear_tangent_backward>(),
        ops<batch_norm_forward, batch_norm_backward, batch_norm_tangent_forward,
            batch_norm_tangent_backward>(),
+       ops<batch_norm_pool_forward, batch_norm_pool_backward, batch_norm_pool_tangent_forward,
+           batch_norm_pool_tangent_backward>(),
        ops<layer_norm_forward, layer_norm_backward, layer_norm_tangent_forward,
            layer_norm_tangent_backward>(),
        activation_ops<math::Relu>(), activation_ops<math::LeakyRelu>(),

@@ -17,6 +17,7 @@ namespace fm {
 enum class LayerKind : int {
   bilinear,  // Linear and Conv2d: y = w * x (+ b); Linear is a 1x1 convolution of a 1x1 image
   batch_norm,
+  batch_norm_pool,  // batch norm with a max pooling fused behind it
   layer_norm,
   relu,
   leaky_relu,
@@ -47,10 +48,11 @@ struct Window {
 struct LayerDesc {
   LayerKind kind = LayerKind::relu;
   Shape in, out;
-  Window window;                           // convolution and pooling
+  Window window;                           // convolution and pooling, fused ones too
   bool has_weight = false;                 // weight or scale
   bool has_bias = false;                   // bias or shift
-  bool relu = false;                       // batch norm only: a ReLU fused behind it
+  bool relu = false;                       // batch norm only: a ReLU fused behind it (with a
+                                           // pooling, before or behind that: it is the same)
   double eps = 0, alpha = 0;               // normalisation; slope or alpha of an activation
   index_t param_offset = 0;                // of the weight, in elements of the engine's layout
   index_t bias_offset = 0;                 // of the bias, relative to param_offset
@@ -77,6 +79,9 @@ struct LayerArgs {
   S* tdw = nullptr;                                    // [T, P_l]
   S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
 };
+
+// Batch norm sums the data of a task in at most this many parts, each with sums of its own.
+constexpr index_t kStatisticParts = 16;
 
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);

@@ -278,15 +278,37 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
 }
 
-// A ReLU behind a batch norm joins it: one sweep over the data instead of two.
+namespace {
+
+// What joins a batch norm so that the data are swept less often: a ReLU, and a max pooling whose
+// windows neither overlap nor leave gaps nor reach over the border. Both commute.
+bool joins(const LayerDesc& norm, const LayerDesc& next) {
+  const bool plain = norm.kind == LayerKind::batch_norm;
+  if (!plain && norm.kind != LayerKind::batch_norm_pool) return false;
+  if (next.kind == LayerKind::relu) return !norm.relu;
+  const Window& w = next.window;
+  return plain && next.kind == LayerKind::max_pool && w.kernel[0] == w.stride[0] &&
+         w.kernel[1] == w.stride[1] && w.padding[0] == 0 && w.padding[1] == 0;
+}
+
+void join(LayerDesc& norm, const LayerDesc& next) {
+  if (next.kind == LayerKind::relu) {
+    norm.relu = true;
+  } else {
+    norm.kind = LayerKind::batch_norm_pool;
+    norm.window = next.window;
+    norm.out = next.out;
+  }
+}
+
+}  // namespace
+
 void Program::fuse() {
   std::vector<LayerDesc> fused;
   std::vector<std::string> names;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const bool joins = layers_[i].kind == LayerKind::relu && !fused.empty() &&
-                       fused.back().kind == LayerKind::batch_norm && !fused.back().relu;
-    if (joins) {
-      fused.back().relu = true;
+    if (!fused.empty() && joins(fused.back(), layers_[i])) {
+      join(fused.back(), layers_[i]);
       names.back() += "+" + names_[i];
     } else {
       fused.push_back(layers_[i]);
@@ -310,18 +332,25 @@ index_t Program::target_size() const {
 }
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
-// pooling the winning tap of every output (as an integer of the scalar's width).
+// pooling the winning tap of every output (as an integer of the scalar's width), both fused the
+// winner's x and tx.
 index_t saved_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
+  if (d.kind == LayerKind::batch_norm_pool) {
+    return align_up(6 * d.in.channels, 16) + 2 * samples * d.out.size();
+  }
   if (d.kind == LayerKind::layer_norm) return 6 * samples;
   if (d.kind == LayerKind::max_pool) return samples * d.out.size();
   return 0;
 }
 
-// Scratch: the transposed weights and their tangents; batch norm's coefficients.
+// Scratch: the transposed weights and their tangents; two rows of batch norm's coefficients, and
+// two rows of sums a part, in double, which may take two elements each.
 index_t scratch_count(const LayerDesc& d, index_t) {
   if (d.kind == LayerKind::bilinear) return 2 * d.param_count;
-  if (d.kind == LayerKind::batch_norm) return 8 * align_up(d.in.channels, 16);
+  if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
+    return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
+  }
   return 0;
 }
 
