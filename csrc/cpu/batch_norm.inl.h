@@ -150,40 +150,32 @@ FM_INLINE auto each_of(Make& make, Group<G, Partial> group, index_t c) {
 }
 
 // Two sums per channel over rows: make(lanes, c) gives term(i, acc), which adds the terms of the
-// elements at offset i.
+// elements at offset i. Small groups take several rows at a time.
 template <class Make>
 Sums reduce_rows(index_t rows, index_t channels, const Exec& exec, Make&& make) {
-  const index_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  return reduce_blocks(blocks, channels, exec,
-                       [&](auto group, index_t c, index_t block, auto& acc) {
-                         constexpr int G = decltype(group)::count, U = 4 / G;
-                         const auto term = each_of(make, group, c);
-                         const index_t end = min_of(rows, (block + 1) * kRowBlock);
-                         index_t row = block * kRowBlock;
-                         V more[U][G][2] = {};
-                         for (; row + U <= end; row += U) {
+  const auto add = [&](auto group, index_t c, index_t block, auto& acc) {
+    constexpr int G = decltype(group)::count, U = 4 / G;
+    const auto term = each_of(make, group, c);
+    const index_t end = min_of(rows, (block + 1) * kRowBlock);
+    index_t row = block * kRowBlock;
+    V sums[U * G][2] = {};
+    for (; row + U <= end; row += U) {
 #pragma GCC unroll 4
-                           for (int u = 0; u < U; ++u) {
+      for (int k = 0; k < U * G; ++k) {
+        term.of[k % G]((row + k / G) * channels + c + k % G * kLanes, sums[k]);
+      }
+    }
+    for (; row < end; ++row) {
 #pragma GCC unroll 4
-                             for (int g = 0; g < G; ++g) {
-                               term.of[g]((row + u) * channels + c + g * kLanes, more[u][g]);
-                             }
-                           }
-                         }
-                         for (; row < end; ++row) {
+      for (int g = 0; g < G; ++g) term.of[g](row * channels + c + g * kLanes, sums[g]);
+    }
 #pragma GCC unroll 4
-                           for (int g = 0; g < G; ++g)
-                             term.of[g](row * channels + c + g * kLanes, more[0][g]);
-                         }
-#pragma GCC unroll 4
-                         for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 4
-                           for (int g = 0; g < G; ++g) {
-                             acc[g][0] += more[u][g][0];
-                             acc[g][1] += more[u][g][1];
-                           }
-                         }
-                       });
+    for (int k = 0; k < U * G; ++k) {
+      acc[k % G][0] += sums[k][0];
+      acc[k % G][1] += sums[k][1];
+    }
+  };
+  return reduce_blocks((rows + kRowBlock - 1) / kRowBlock, channels, exec, add);
 }
 
 // Maps every element: make(lanes, c) gives the function applied to the element offsets.

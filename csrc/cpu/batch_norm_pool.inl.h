@@ -44,9 +44,7 @@ struct Windows {
   // tap(i) for the offsets of a window's pixels
   template <class Tap>
   FM_INLINE void taps(index_t in, Tap&& tap) const {
-#pragma GCC unroll 2
     for (index_t i = 0; i < height(); ++i) {
-#pragma GCC unroll 2
       for (index_t j = 0; j < width(); ++j) tap(in + (i * d.in.width + j) * d.in.channels);
     }
   }
