@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fused_problems import FUSED
 from problem import Builder, Problem
 from torch import nn
 
@@ -375,5 +376,6 @@ LAYER = [
     *NORMALISATION,
     *ACTIVATION,
     *POOLING,
+    *FUSED,
     *LOSS,
 ]

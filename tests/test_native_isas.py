@@ -42,6 +42,8 @@ NAMES = [
     "batch-norm-space-16",
     "layer-norm",
     "max-pool-3x2-s1x2",
+    "batch-norm-pool-2x2-of-33",
+    "batch-norm-pool-3x3-of-5",
     "avg-pool-2-s2-remainder",
     "global-pool-9",
     "cross-entropy-17-n7-mean",

@@ -69,9 +69,10 @@ index_t multiply_adds(const LayerDesc& d) {
 
 const char* kind_name(LayerKind kind) {
   static const char* const names[] = {
-      "bilinear", "batch_norm", "layer_norm", "relu",         "leaky_relu",
-      "tanh",     "sigmoid",    "silu",       "gelu",         "gelu_tanh",
-      "elu",      "softplus",   "max_pool",   "average_pool", "append_parameter"};
+      "bilinear",        "batch_norm", "batch_norm_pool", "layer_norm", "relu",
+      "leaky_relu",      "tanh",       "sigmoid",         "silu",       "gelu",
+      "gelu_tanh",       "elu",        "softplus",        "max_pool",   "average_pool",
+      "append_parameter"};
   static_assert(sizeof(names) / sizeof(*names) == size_t(LayerKind::count), "a name a kind");
   return names[int(kind)];
 }

@@ -229,22 +229,24 @@ inline void dense_product(const DenseProduct& p, const Exec& exec) {
 inline void dense_gradient(const DenseProduct& whole, const Exec& exec) {
   const DenseBlocks blocks(whole.columns);
   const index_t run = chunk_rows(whole.rows, whole.columns);
-  parallel(exec, whole.rows, kTileRows, whole.depth * whole.columns, [&](index_t begin, index_t end) {
-    DenseProduct p = whole;
-    for (index_t first = 0; first < whole.depth; first += run) {
-      p.depth = min_of(run, whole.depth - first);
-      for (int pair = 0; pair < p.operands.count; ++pair) {
-        const Operand& from = whole.operands.pair[pair];
-        p.operands.pair[pair] = {from.src + first * whole.a_step,
-                                 from.other + first * whole.columns};
-      }
-      if (first > 0) p.epilogue.base = p.c;
-      for (index_t row = begin; row < end; row += kTileRows) {
-        const index_t to = min_of(end, row + kTileRows);
-        for (index_t b = 0; b < blocks.count; ++b) dense_block<true>(p, blocks, b, row, to);
-      }
-    }
-  });
+  parallel(exec, whole.rows, kTileRows, whole.depth * whole.columns,
+           [&](index_t begin, index_t end) {
+             DenseProduct p = whole;
+             for (index_t first = 0; first < whole.depth; first += run) {
+               p.depth = min_of(run, whole.depth - first);
+               for (int pair = 0; pair < p.operands.count; ++pair) {
+                 const Operand& from = whole.operands.pair[pair];
+                 p.operands.pair[pair] = {from.src + first * whole.a_step,
+                                          from.other + first * whole.columns};
+               }
+               if (first > 0) p.epilogue.base = p.c;
+               for (index_t row = begin; row < end; row += kTileRows) {
+                 const index_t to = min_of(end, row + kTileRows);
+                 for (index_t b = 0; b < blocks.count; ++b)
+                   dense_block<true>(p, blocks, b, row, to);
+               }
+             }
+           });
 }
 
 }  // namespace FM_KERNELS

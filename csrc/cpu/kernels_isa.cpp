@@ -35,6 +35,7 @@
 #include "cpu/bilinear.inl.h"
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"
+#include "cpu/batch_norm_pool.inl.h"
 #include "cpu/layer_norm.inl.h"
 #include "cpu/pool.inl.h"
 #include "cpu/loss.inl.h"
@@ -73,6 +74,8 @@ const Backend<S>& backend() {
            bilinear_tangent_backward>(),
        ops<batch_norm_forward, batch_norm_backward, batch_norm_tangent_forward,
            batch_norm_tangent_backward>(),
+       ops<batch_norm_pool_forward, batch_norm_pool_backward, batch_norm_pool_tangent_forward,
+           batch_norm_pool_tangent_backward>(),
        ops<layer_norm_forward, layer_norm_backward, layer_norm_tangent_forward,
            layer_norm_tangent_backward>(),
        activation_ops<math::Relu>(), activation_ops<math::LeakyRelu>(),
@@ -87,8 +90,8 @@ const Backend<S>& backend() {
       {{squared_error_value, squared_error_hessian},
        {cross_entropy_value, cross_entropy_hessian},
        {gaussian_policy_value, gaussian_policy_hessian}},
-      {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows, gather,
-       scatter, to_channels_last},
+      {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows,
+       gather, scatter, to_channels_last},
       {adam, sgd},
       task_slots,
       for_each_task,

@@ -17,6 +17,7 @@ namespace fm {
 enum class LayerKind : int {
   bilinear,  // Linear and Conv2d: y = w * x (+ b); Linear is a 1x1 convolution of a 1x1 image
   batch_norm,
+  batch_norm_pool,  // batch norm with a max pooling fused behind it
   layer_norm,
   relu,
   leaky_relu,
@@ -47,10 +48,12 @@ struct Window {
 struct LayerDesc {
   LayerKind kind = LayerKind::relu;
   Shape in, out;
-  Window window;              // convolution and pooling
-  bool has_weight = false;    // weight or scale
-  bool has_bias = false;      // bias or shift
-  bool relu = false;          // batch norm, dense bilinear: a ReLU fused behind it
+  Window window;            // convolution and pooling, fused ones too
+  bool has_weight = false;  // weight or scale
+  bool has_bias = false;    // bias or shift
+  // A ReLU fused behind a batch norm (with a pooling, before or behind that: it is the same) or a
+  // dense bilinear layer.
+  bool relu = false;
   bool relu_input = false;    // dense bilinear: x is such a ReLU's output, so dx is masked by x > 0
   double eps = 0, alpha = 0;  // normalisation; slope or alpha of an activation
   index_t param_offset = 0;   // of the weight, in elements of the engine's layout
@@ -90,6 +93,9 @@ struct LayerArgs {
   const S* dw_base = nullptr;
   S weight_scale = 1, bias_scale = 1;
 };
+
+// Batch norm sums the data of a task in at most this many parts, each with sums of its own.
+constexpr index_t kStatisticParts = 16;
 
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);

@@ -282,12 +282,32 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
 
 namespace {
 
-// Whether a ReLU joins the layer before it, one sweep over the data instead of two. A dense layer
-// leaves the ReLU's backward passes to the dense layer behind, which masks what it hands down.
-bool joins_relu(const LayerDesc& before, const LayerDesc* behind) {
-  if (before.relu) return false;
-  if (before.kind == LayerKind::batch_norm) return true;
-  return before.dense() && before.out.channels > 1 && behind && behind->dense();
+// What joins the layer before it, so that the data are swept less often. A batch norm takes a ReLU,
+// and a max pooling whose windows neither overlap nor leave gaps nor reach over the border; both
+// commute. A dense layer takes a ReLU and leaves its backward passes to the dense layer behind,
+// which masks what it hands down.
+bool joins(const LayerDesc& before, const LayerDesc& next, const LayerDesc* behind) {
+  if (before.dense()) {
+    return next.kind == LayerKind::relu && !before.relu && before.out.channels > 1 && behind &&
+           behind->dense();
+  }
+  const bool plain = before.kind == LayerKind::batch_norm;
+  if (!plain && before.kind != LayerKind::batch_norm_pool) return false;
+  if (next.kind == LayerKind::relu) return !before.relu;
+  const Window& w = next.window;
+  return plain && next.kind == LayerKind::max_pool && w.kernel[0] == w.stride[0] &&
+         w.kernel[1] == w.stride[1] && w.padding[0] == 0 && w.padding[1] == 0;
+}
+
+void join(LayerDesc& before, const LayerDesc& next, LayerDesc* behind) {
+  if (next.kind == LayerKind::relu) {
+    before.relu = true;
+    if (before.dense()) behind->relu_input = true;
+  } else {
+    before.kind = LayerKind::batch_norm_pool;
+    before.window = next.window;
+    before.out = next.out;
+  }
 }
 
 }  // namespace
@@ -296,12 +316,9 @@ void Program::fuse() {
   std::vector<LayerDesc> fused;
   std::vector<std::string> names;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const LayerDesc* behind = i + 1 < layers_.size() ? &layers_[i + 1] : nullptr;
-    const bool joins =
-        layers_[i].kind == LayerKind::relu && !fused.empty() && joins_relu(fused.back(), behind);
-    if (joins) {
-      fused.back().relu = true;
-      if (fused.back().dense()) layers_[i + 1].relu_input = true;
+    LayerDesc* behind = i + 1 < layers_.size() ? &layers_[i + 1] : nullptr;
+    if (!fused.empty() && joins(fused.back(), layers_[i], behind)) {
+      join(fused.back(), layers_[i], behind);
       names.back() += "+" + names_[i];
     } else {
       fused.push_back(layers_[i]);
@@ -316,8 +333,8 @@ void Program::choose_chunk() {
   constexpr index_t kCacheBytes = 640 << 10, kLeast = 64;
   index_t elements = input_.size();  // of a sample: outputs, adjoints and the tangents of both
   for (const LayerDesc& d : layers_) {
-    const bool across = d.kind == LayerKind::batch_norm || d.in.pixels() > 1 ||
-                        (d.kind == LayerKind::bilinear && !d.dense());
+    const bool across = d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool ||
+                        d.in.pixels() > 1 || (d.kind == LayerKind::bilinear && !d.dense());
     if (across) return;
     elements += 4 * d.out.size();
   }
@@ -337,18 +354,25 @@ index_t Program::target_size() const {
 }
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
-// pooling the winning tap of every output (as an integer of the scalar's width).
+// pooling the winning tap of every output (as an integer of the scalar's width), both fused the
+// winner's x and tx.
 index_t saved_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
+  if (d.kind == LayerKind::batch_norm_pool) {
+    return align_up(6 * d.in.channels, 16) + 2 * samples * d.out.size();
+  }
   if (d.kind == LayerKind::layer_norm) return 6 * samples;
   if (d.kind == LayerKind::max_pool) return samples * d.out.size();
   return 0;
 }
 
-// Scratch: the transposed weights and their tangents; batch norm's coefficients.
+// Scratch: the transposed weights and their tangents; two rows of batch norm's coefficients, and
+// two rows of sums a part, in double, which may take two elements each.
 index_t scratch_count(const LayerDesc& d, index_t) {
   if (d.kind == LayerKind::bilinear) return 2 * d.param_count;
-  if (d.kind == LayerKind::batch_norm) return 8 * align_up(d.in.channels, 16);
+  if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
+    return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
+  }
   return 0;
 }
 

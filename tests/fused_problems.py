@@ -1,0 +1,132 @@
+"""Problems around batch norm with what the engine fuses behind it: ReLU, max pooling.
+
+Sizes leave remainders that no window reaches, and channels lie around vector widths and
+the groups of vectors that reductions take. Windows that are not fused stand beside.
+"""
+
+from __future__ import annotations
+
+from problem import Builder, Problem
+from torch import nn
+
+_ORDERS = {
+    "": ("norm", "relu", "pool"),
+    "-relu-last": ("norm", "pool", "relu"),
+    "-no-relu": ("norm", "pool"),
+    "-relu-twice": ("norm", "relu", "pool", "relu"),
+    "-pool-twice": ("norm", "relu", "pool", "pool"),
+}
+
+
+def pooled_norm(
+    channels: int,
+    window: tuple,
+    size: tuple[int, int],
+    *,
+    order: str = "",
+    scale: bool = True,
+    shift: bool = True,
+    lead: bool = True,
+) -> Builder:
+    """A 1x1 convolution, the layers in question, and a linear layer.
+
+    Args:
+        channels: of the batch norm.
+        window: arguments of the max pooling.
+        size: of the images [H, W].
+        order: a key of ``_ORDERS``.
+        scale: whether the batch norm has one.
+        shift: whether the batch norm has one.
+        lead: whether the convolution is there; else the batch norm comes first.
+    """
+
+    def build() -> nn.Module:
+        norm = nn.BatchNorm2d(channels, track_running_stats=False)
+        if not scale:
+            norm.register_parameter("weight", None)
+        if not shift:
+            norm.register_parameter("bias", None)
+        made = {"norm": norm, "relu": nn.ReLU(), "pool": nn.MaxPool2d(*window)}
+        body = nn.Sequential(*(made[key] for key in _ORDERS[order]))
+        height, width = size
+        for key in _ORDERS[order]:
+            if key == "pool":
+                height, width = (
+                    (n + 2 * p - k) // s + 1
+                    for n, k, s, p in zip(
+                        (height, width), *map(_pair, _filled(window)), strict=True
+                    )
+                )
+        first = [nn.Conv2d(2, channels, 1)] if lead else []
+        return nn.Sequential(
+            *first, *body, nn.Flatten(), nn.Linear(channels * height * width, 2)
+        )
+
+    return build
+
+
+def _filled(window: tuple) -> tuple:
+    kernel, stride, padding = (*window, None, None)[:3]
+    return kernel, stride or kernel, padding or 0
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+# name, channels, window, image
+_SHAPES: list[tuple[str, int, tuple, tuple[int, int]]] = [
+    ("2x2-of-1", 1, (2,), (4, 4)),
+    ("2x2-of-8", 8, (2,), (2, 6)),
+    ("2x2-of-17", 17, (2,), (5, 7)),
+    ("2x2-of-33", 33, (2,), (5, 4)),
+    ("2x2-of-65", 65, (2,), (3, 5)),
+    ("3x3-of-5", 5, (3,), (7, 8)),
+    ("2x3-of-16", 16, ((2, 3),), (5, 7)),
+    ("3x1-of-9", 9, ((3, 1),), (4, 3)),
+    ("1x1-of-3", 3, (1,), (3, 2)),
+    ("whole-of-15", 15, ((3, 4),), (3, 4)),
+    ("many-blocks", 2, (2,), (33, 31)),
+    ("overlap", 5, (3, 2), (7, 6)),
+    ("gaps", 5, (2, 3), (7, 6)),
+    ("padded", 5, (2, 2, 1), (5, 6)),
+]
+_AFFINE = {
+    "-no-scale": (False, True),
+    "-no-shift": (True, False),
+    "-plain": (False, False),
+}
+
+FUSED = [
+    *(
+        Problem(f"batch-norm-pool-{name}", pooled_norm(c, w, s), (2, *s), 2, samples=3)
+        for name, c, w, s in _SHAPES
+    ),
+    *(
+        Problem(
+            f"batch-norm-pool{key}",
+            pooled_norm(9, (2,), (5, 4), order=key),
+            (2, 5, 4),
+            2,
+            samples=3,
+        )
+        for key in ("-relu-last", "-no-relu", "-relu-twice", "-pool-twice")
+    ),
+    *(
+        Problem(
+            f"batch-norm-pool{key}",
+            pooled_norm(5, (2,), (5, 4), scale=scale, shift=shift),
+            (2, 5, 4),
+            2,
+            samples=4,
+        )
+        for key, (scale, shift) in _AFFINE.items()
+    ),
+    Problem(
+        "batch-norm-pool-first",
+        pooled_norm(3, (2,), (5, 4), lead=False),
+        (3, 5, 4),
+        2,
+        samples=4,
+    ),
+]
