@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,13 +136,18 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return [*map(_ADDRESS, tensors)]
 
 
-def places(tensors: Sequence[Tensor]) -> list[int]:
-    """Where tensors are, and how they lie there: equal as long as nothing moved."""
-    return [
-        *map(_ADDRESS, tensors),
-        *map(_IS_CONTIGUOUS, tensors),
-        *map(_NUMEL, tensors),
-    ]
+def watch(
+    tensors: Sequence[Tensor], attributes: Sequence[str] = (), *, layout: bool = True
+) -> Any:
+    """Returns what has a quick ``changed()``, for prepared calls.
+
+    Args:
+        tensors: whose addresses may not change.
+        attributes: of each of them, that must stay the same objects.
+        layout: whether their sizes and gaps may not change either.
+    """
+    functions = [_ADDRESS, _IS_CONTIGUOUS, _NUMEL] if layout else [_ADDRESS]
+    return core().Watch(list(tensors), functions, list(attributes))
 
 
 def contiguous(tensors: Iterable[Tensor]) -> bool:

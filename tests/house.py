@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "cpu": {"common", "math", "program", "cpu"},
     "cuda": {"common", "math", "program", "cuda"},
     "meta": {"common", "math", "program", "meta"},
-    "tasks": {"common", "tasks"},
+    "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
 }
 HOSTS = {"github.com", "raw.githubusercontent.com", "arxiv.org", "pytorch.org"}
@@ -61,7 +61,10 @@ def find(root: Path, path: Path, pattern: str, wrong: str) -> Iterator[str]:
 
 
 def includes_go_one_way(root: Path) -> Iterator[str]:
-    """Includes follow common <- math <- program <- {cpu, cuda, meta}, tasks <- bind."""
+    """Includes follow common <- math <- program <- {cpu, cuda, meta} <- bind.
+
+    Beside program and what follows it, tasks stands between math and bind.
+    """
     for path in files(root, ".cpp", ".h", ".cu", ".cuh"):
         own = path.relative_to(root).parts[1]
         for number, line in enumerate(text(path).splitlines(), 1):

@@ -190,6 +190,7 @@ PYBIND11_MODULE(_core, m) {
   bind::define_prepared(m);
   bind::define_optimizers(m);
   bind::define_sampling(m);
+  bind::define_watch(m);
   m.def("build_info", &build_info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads);

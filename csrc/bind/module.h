@@ -11,5 +11,7 @@ void define_prepared(pybind11::module_& m);
 void define_optimizers(pybind11::module_& m);
 // Batches of tasks.
 void define_sampling(pybind11::module_& m);
+// Notices changes of objects that prepared calls rely on.
+void define_watch(pybind11::module_& m);
 
 }  // namespace fm::bind

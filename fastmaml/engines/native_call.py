@@ -9,7 +9,6 @@ gradients where they belong. This is the inside of `NativeEngine`, in a file of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from fastmaml.engines.layout import check_steps, step_weights
 from fastmaml.tasks.batch import TaskBatch
 
 Key = tuple[Any, ...]
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 # of three ways to make a tensor the quickest
 _EMPTY_LIKE = torch.empty_like
@@ -118,7 +119,8 @@ class PreparedCall:
             rows,
             adapted,
         )
-        self._places: list[int] = []
+        self._watch: Any = None
+        self._gradients: Sequence[Tensor] = ()
         self._gradient_places: list[int] = []
         self._scalar = torch.empty((), dtype=self._dtype)
         # read in place: same dtype, same order, no gaps
@@ -132,7 +134,8 @@ class PreparedCall:
         Args:
             tasks: of the kind; any strides.
             gradients: as the learner's parameters, then the rates if those are
-                learned: contiguous, of the parameters' shape and dtype.
+                learned: contiguous, of the parameters' shape and dtype. The sequence
+                of the last call again means that its tensors have not moved.
 
         Raises:
             ValueError: if labels are out of range; nothing is written then.
@@ -171,21 +174,22 @@ class PreparedCall:
 
     def _place(self, gradients: Sequence[Tensor], keep: list[Tensor]) -> None:
         """Hands over the addresses that differ from those of the last call."""
-        places = _native.places(self._tensors)
         own, rates, dtype = self._own, self._rates, self._dtype
-        if places != self._places:
+        if self._watch is None or self._watch.changed():
             copies: list[Tensor] = []
             self._call.set_parameters(own.addresses(self._params, dtype, 1, copies)[0])
             self._call.set_rates(own.rates(rates, dtype, keep)[0])
             self._rates_in_place = own.reads_rates_in_place(rates, dtype)
             # copies are made anew at every call
-            self._places = [] if copies else places
+            self._watch = None if copies else _native.watch(self._tensors)
             keep += copies
         elif not self._rates_in_place:
             self._call.set_rates(own.rates(rates, dtype, keep)[0])
-        places = _native.addresses(gradients)
-        if places != self._gradient_places:
-            self._place_gradients(places)
+        if gradients is not self._gradients:
+            places = _native.addresses(gradients)
+            self._gradients = gradients
+            if places != self._gradient_places:
+                self._place_gradients(places)
 
     def _place_gradients(self, places: list[int]) -> None:
         slopes = 0
@@ -210,7 +214,7 @@ class GradientTargets:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = list(inputs)
         self._settled: list[Tensor] = []
-        self._places: list[int] = []
+        self._watches: tuple[Any, ...] = ()
         self._scratch: list[Tensor] | None = None
 
     def hooked(self) -> bool:
@@ -220,17 +224,30 @@ class GradientTargets:
                 return True
         return False
 
+    def settled(self) -> list[Tensor] | None:
+        """Every ``.grad`` as it was at the last `settle`, if that is how it is now."""
+        for watch in self._watches:
+            if watch.changed():
+                self._watches = ()
+                return None
+        return self._settled if self._watches else None
+
+    def settle(self) -> None:
+        """Notes the ``.grad`` of all inputs if the engine can write there."""
+        kept = [p.grad for p in self._inputs]
+        if all(
+            g is not None and _plain(g, p) and _quiet(p)
+            for g, p in zip(kept, self._inputs, strict=True)
+        ):
+            self._settled = kept  # type: ignore[assignment]
+            self._watches = (
+                _native.watch(self._settled),
+                _native.watch(self._inputs, ("grad", *_HOOKS), layout=False),
+            )
+
     def choose(self, accumulate: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         """Tensors to write the gradient into, and each ``.grad`` as it is now."""
         now = [p.grad for p in self._inputs]
-        settled = self._settled
-        if (
-            not accumulate
-            and settled
-            and all(map(is_, now, settled))
-            and _native.places(settled) == self._places
-        ):
-            return settled, now
         targets = []
         for i, (p, gradient) in enumerate(zip(self._inputs, now, strict=True)):
             if gradient is None:
@@ -245,8 +262,6 @@ class GradientTargets:
         self, targets: list[Tensor], before: list[Tensor | None], accumulate: bool
     ) -> None:
         """Puts what was written where it belongs."""
-        if targets is self._settled:
-            return
         inputs = self._inputs
         with torch.no_grad():
             for p, target, gradient in zip(inputs, targets, before, strict=True):
@@ -256,12 +271,6 @@ class GradientTargets:
                     gradient.add_(target)
                 elif gradient is not target:
                     gradient.copy_(target)
-        kept = [p.grad for p in inputs]
-        if all(
-            g is not None and _plain(g, p) for g, p in zip(kept, inputs, strict=True)
-        ):
-            self._settled = kept  # type: ignore[assignment]
-            self._places = _native.places(self._settled)
 
     def _scratch_for(self, i: int) -> Tensor:
         if self._scratch is None:
@@ -272,6 +281,11 @@ class GradientTargets:
 def fresh(p: Tensor) -> Tensor:
     """A new tensor, contiguous, as the parameter."""
     return torch.empty(p.shape, dtype=p.dtype)
+
+
+def _quiet(p: Tensor) -> bool:
+    """Whether no hook was ever on a parameter: lists of hooks would change unseen."""
+    return all(getattr(p, name) is None for name in _HOOKS)
 
 
 def _plain(gradient: Tensor, p: Tensor) -> bool:

@@ -48,6 +48,10 @@ class Gradients:
     def write(self, tasks: TaskBatch, accumulate: bool) -> Tensor:
         """Puts the gradients into ``.grad`` and returns the meta-loss."""
         targets = self._targets
+        if not accumulate and (settled := targets.settled()) is not None:
+            call = self._prepared(tasks)
+            if call is not None:
+                return self._run(call, tasks, settled)
         if targets.hooked():
             return self._by_autograd(tasks, accumulate)
         call = self._prepared(tasks)
@@ -58,6 +62,8 @@ class Gradients:
         chosen, before = targets.choose(accumulate)
         loss = self._run(call, tasks, chosen)
         targets.deliver(chosen, before, accumulate)
+        if not accumulate:
+            targets.settle()
         return loss
 
     def _prepared(self, tasks: TaskBatch) -> Any:

@@ -58,6 +58,7 @@ class _Moments(OneCall):
             step = torch.tensor(0.0 if step is None else float(step), dtype=_STEP)
             entry["step"] = step
         found.tensors.append(step)
+        found.states.append(step)
         return step
 
     def _call(self, call: Any, group: dict[str, Any]) -> None:

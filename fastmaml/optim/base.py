@@ -29,7 +29,8 @@ class Prepared:
         self.calls: list[Any] = []
         self.options: Any = None  # what the calls depend on besides tensors
         self.tensors: list[Tensor] = []  # all that the calls read or write
-        self.places: list[int] = []
+        self.states: list[Tensor] = []  # those of them that are state
+        self.watches: list[Any] = []
         self.updated: list[Tensor] = []
         self.state: list[Any] = []  # of all groups, as `_contents` lists it
         self.settled = True
@@ -37,13 +38,18 @@ class Prepared:
     def seal(self, state: list[Any]) -> None:
         """Notes where the tensors are."""
         self.state = state
-        self.places = _native.addresses(self.tensors)
         self.settled = self.settled and _native.contiguous(self.tensors)
+        if self.settled:
+            gradients = [g for g in self.gradients if g is not None]
+            self.watches = [
+                _native.watch(self.params, ["grad"]),
+                _native.watch(gradients),
+                _native.watch(self.states, layout=False),
+            ]
 
     def holds(
         self,
         params: list[Tensor],
-        gradients: list[Tensor | None],
         state: list[Any],
         options: Any,
     ) -> bool:
@@ -53,11 +59,9 @@ class Prepared:
             and self.options == options
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and all(map(is_, gradients, self.gradients))
             and len(state) == len(self.state)
             and all(map(is_, state, self.state))
-            and _native.addresses(self.tensors) == self.places
-            and _native.contiguous(self.tensors)
+            and not any(watch.changed() for watch in self.watches)
         )
 
 
@@ -119,10 +123,10 @@ class OneCall(Optimizer):
         state = _contents(self.state)
         for number, group in enumerate(groups):
             params = group["params"]
-            gradients = [p.grad for p in params]
             options = self._options(group)
             found = prepared[number]
-            if found is None or not found.holds(params, gradients, state, options):
+            if found is None or not found.holds(params, state, options):
+                gradients = [p.grad for p in params]
                 found = self._prepared_anew(number, group, gradients, options)
                 prepared[number] = found
             for call in found.calls:
@@ -179,6 +183,7 @@ class OneCall(Optimizer):
         value = value.detach()
         entry[name] = value
         found.tensors.append(value)
+        found.states.append(value)
         return value
 
     def _check(self, what: str, tensor: Tensor, like: Tensor | None = None) -> None:
