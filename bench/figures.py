@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from bench import stamps
 from bench.targets import OURS, TARGETS, is_ours
@@ -55,6 +55,16 @@ def _style(axes: Axes) -> None:
 
 def _plain(value: float, _: int = 0) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
+def _log_ticks(axes: Axes) -> None:
+    """Marks a logarithmic y axis at 1, 10, 100, or also between where that is few."""
+    low, high = axes.get_ylim()
+    steps = (1, 2, 5) if high / low < 200 else (1,)
+    ticks = [s * 10.0**e for e in range(-4, 8) for s in steps]
+    axes.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_locator(FixedLocator([]))
 
 
 def _spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -151,9 +161,8 @@ def _speed(result: Mapping[str, Any], path: Path) -> None:
     aimed = [(TARGETS[w], y) for y, w in enumerate(workloads) if w in TARGETS]
     if aimed:
         x, y = zip(*aimed, strict=True)
-        axes.plot(
-            x, y, "|", color="black", markersize=22, markeredgewidth=1.5, label="target"
-        )
+        axes.plot(x, y, "|", color="black", markersize=22, markeredgewidth=1.5)
+        axes.plot([], [], "|", color="black", markersize=10, label="target")
     axes.axvline(1, color=COLORS[OURS], linewidth=1.5)
     axes.text(
         1,
@@ -210,9 +219,7 @@ def _growth(series: Mapping[str, Any], path: Path, result: Mapping[str, Any]) ->
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(entry["values"]))
         axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_minor_locator(FixedLocator([]))
         axes.set_xlabel(AXES.get(name, name))
         _style(axes)
         ends.append((axes, last))
@@ -224,6 +231,7 @@ def _growth(series: Mapping[str, Any], path: Path, result: Mapping[str, Any]) ->
     figure.suptitle(f"{series['title']} (elsewhere: {base})", fontsize=10)
     figure.canvas.draw()  # limits are known from here on
     for axes, last in ends:
+        _log_ticks(axes)
         _label_ends(axes, last)
     _save(figure, path, result)
 
@@ -247,11 +255,7 @@ def _memory(result: Mapping[str, Any], path: Path) -> None:
             _line(axes, name, points)
             ends[name] = (points[-1][0], points[-1][2])
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_ylim()
-    ticks = [s * 10**e for e in range(1, 6) for s in (1, 2, 5)]
-    axes.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    _log_ticks(axes)
     axes.xaxis.set_major_locator(FixedLocator(memory["steps"]))
     axes.set_xlabel("inner steps K")
     axes.set_ylabel("peak memory of the process, MiB")
