@@ -1,6 +1,7 @@
 """Batch norm, ReLU and max pooling as one layer.
 
-Question: how much of the time between convolutions is memory traffic that one layer
+Question:
+how much of the time between convolutions is memory traffic that one layer
 instead of two would not cause?
 
 Counted, for one image stack of X bytes behind a convolution and its pooled one of X/4
@@ -14,9 +15,11 @@ Counted, for one image stack of X bytes behind a convolution and its pooled one 
 The first layer of MiniImagenet's queries has X = 68 MB: 16.5 X = 1.1 GB a task against
 6.25 X = 0.43 GB; four tasks at 32 GB/s: 140 ms against 53 ms on two threads.
 
-Prediction: the two passes of this layer take 0.4 of the time.
+Prediction:
+the two passes of this layer take 0.4 of the time.
 
-Outcome (AMD EPYC, 2 cores, AVX-512, 2026-11-24): This file's network, value and gradient, 5
+Outcome:
+(AMD EPYC, 2 cores, AVX-512, 2026-11-24) This file's network, value and gradient, 5
 and 75 images: 0.58 and 0.49 of the time on one thread, 0.45 and 0.55 on two. These
 hold the convolution and the linear layer too, so the layer's own ratio is lower, but it
 was not measured alone. The MiniImagenet meta-gradient went from 1755 to 1341 ms on one
@@ -24,7 +27,8 @@ thread and from 916 to 656 on two, the Omniglot one (which has no pooling: the g
 reductions alone) from 127 to 104 and from 62.5 to 54.8. Omniglot of linear layers:
 inconclusive, runs differed by a quarter.
 
-Decision: one layer, wherever windows neither overlap nor leave gaps nor are padded.
+Decision:
+one layer, wherever windows neither overlap nor leave gaps nor are padded.
 
 The code times value and gradient of a network of a cheap convolution and the layers in
 question, fused, and with a ReLU written as LeakyReLU(0): the same function, which
