@@ -151,7 +151,10 @@ class Pool {
     // In the order of a single history, as is what a thread does before it sleeps: either it finds
     // this ticket or it is found asleep.
     loop.ticket.store(Ticket(0, parts, takers).word());
-    if (parts > 1 && asleep_.load() && asleep_.exchange(false)) wake();
+    if (parts > 1 && asleep_.load() && asleep_.exchange(false)) {
+      if (&loop == &tasks_ || &loop == &teams_[0]) keep_off_this_cpu();
+      wake();
+    }
   }
 
   // Takes parts of a loop until there are none: several at a time while there are many.
@@ -160,7 +163,7 @@ class Pool {
     for (;;) {
       const Ticket now(word);
       if (!now.open_to(thread)) return;
-      const index_t count = std::max<index_t>(1, (now.last - now.first) / (4 * size_));
+      const index_t count = std::max<index_t>(1, (now.last - now.first) / (16 * size_));
       const Ticket next = from_front ? Ticket(now.first + count, now.last, now.takers)
                                      : Ticket(now.first, now.last - count, now.takers);
       if (!loop.ticket.compare_exchange_weak(word, next.word(), std::memory_order_acq_rel,
@@ -241,7 +244,6 @@ class Pool {
   }
 
   void wake() {
-    keep_off_this_cpu();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       ++wakes_;
@@ -250,13 +252,15 @@ class Pool {
   }
 
   // The kernel likes to wake a thread on the CPU of the one that wakes it, where it would wait for
-  // that one to finish. Workers may use any other CPU of the process.
+  // that one to finish. Workers may use any CPU of the process but the caller's.
   void keep_off_this_cpu() {
 #if defined(__linux__)
     cpu_set_t set;
     const int here = sched_getcpu();
     if (here < 0 || sched_getaffinity(0, sizeof(set), &set) != 0 || CPU_COUNT(&set) < 2) return;
     CPU_CLR(here, &set);
+    if (CPU_EQUAL(&set, &workers_cpus_)) return;
+    workers_cpus_ = set;
     for (std::thread& worker : workers_) {
       pthread_setaffinity_np(worker.native_handle(), sizeof(set), &set);
     }
@@ -272,6 +276,9 @@ class Pool {
   std::condition_variable wake_;
   std::uint64_t wakes_ = 0;
   std::vector<std::thread> workers_;
+#if defined(__linux__)
+  cpu_set_t workers_cpus_{};  // as last set by this pool, none at first
+#endif
 };
 
 std::mutex& call_mutex() {
