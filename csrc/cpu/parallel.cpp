@@ -115,6 +115,7 @@ class Pool {
       for (index_t part = 0; part < parts; ++part) body(state, 0, part);
       return;
     }
+    if (caller_has_moved()) keep_off_this_cpu();
     offer(tasks_, parts, std::min({threads, size_, Ticket::kAnyThread}), body, state);
     take(tasks_, 0, true);
     for (int tries = 0; tasks_.done.load(std::memory_order_acquire) < parts; ++tries) {
@@ -251,19 +252,29 @@ class Pool {
     wake_.notify_all();
   }
 
-  // The kernel likes to wake a thread on the CPU of the one that wakes it, where it would wait for
-  // that one to finish. Workers may use any CPU of the process but the caller's.
+  // Workers may use any CPU of the process but the caller's. The kernel likes to wake a thread on
+  // the CPU of the one that wakes it, where it would wait for that one to finish; and it may move
+  // the caller to a worker's CPU.
   void keep_off_this_cpu() {
 #if defined(__linux__)
     cpu_set_t set;
-    const int here = sched_getcpu();
-    if (here < 0 || sched_getaffinity(0, sizeof(set), &set) != 0 || CPU_COUNT(&set) < 2) return;
-    CPU_CLR(here, &set);
+    callers_cpu_ = sched_getcpu();
+    if (callers_cpu_ < 0 || sched_getaffinity(0, sizeof(set), &set) != 0) return;
+    if (CPU_COUNT(&set) < 2) return;
+    CPU_CLR(callers_cpu_, &set);
     if (CPU_EQUAL(&set, &workers_cpus_)) return;
     workers_cpus_ = set;
     for (std::thread& worker : workers_) {
       pthread_setaffinity_np(worker.native_handle(), sizeof(set), &set);
     }
+#endif
+  }
+
+  bool caller_has_moved() const {
+#if defined(__linux__)
+    return sched_getcpu() != callers_cpu_;
+#else
+    return false;
 #endif
   }
 
@@ -277,7 +288,8 @@ class Pool {
   std::uint64_t wakes_ = 0;
   std::vector<std::thread> workers_;
 #if defined(__linux__)
-  cpu_set_t workers_cpus_{};  // as last set by this pool, none at first
+  int callers_cpu_ = -1;      // where it last was
+  cpu_set_t workers_cpus_{};  // as this pool last set it, none at first
 #endif
 };
 
