@@ -1,0 +1,15 @@
+// The kernels of bilinear layers' dx and tdx: see bilinear.h.
+#include "cuda/bilinear_kernel.cuh"
+
+namespace FM_CUDA {
+
+template <class S>
+void launch_inputs(Product<S> p, index_t tasks, Arithmetic arithmetic, TileShape tile,
+                   const Exec& exec) {
+  launch_form<Form::inputs>(p, tasks, arithmetic, tile, exec);
+}
+
+template void launch_inputs(Product<float>, index_t, Arithmetic, TileShape, const Exec&);
+template void launch_inputs(Product<double>, index_t, Arithmetic, TileShape, const Exec&);
+
+}  // namespace FM_CUDA
