@@ -100,58 +100,12 @@ TileShape choose_tile(const ProductShape& s, index_t tasks) {
   return best;
 }
 
-// Products of vectors are not for tensor cores, which would multiply mostly zeros.
-template <class S>
-Arithmetic choose_arithmetic(const ProductShape& s, Precision precision) {
-  if (sizeof(S) != 4 || s.columns < 4 || s.depth < 4) return Arithmetic::scalar;
-  if (precision == Precision::tf32) return Arithmetic::tf32;
-  if (precision == Precision::bfloat16) return Arithmetic::bfloat16;
-  return Arithmetic::split_tf32;
-}
-
 template <class S>
 bool aligned(const S* p, index_t stride) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && stride * index_t(sizeof(S)) % 16 == 0;
 }
 
-// One product of a pass, with at most two operand pairs; those with a null operand are zero.
-template <class S>
-class PassProduct {
- public:
-  PassProduct(const LayerArgs<S>& a, Form form) : args_(a) {
-    p_.shape = shape_of(*a.desc, a.samples, form);
-  }
-
-  void add(const S* x, index_t x_stride, const S* w, index_t w_stride) {
-    if (x && w) p_.pair[p_.pairs++] = {x, w, x_stride, w_stride};
-  }
-  Product<S>& product() { return p_; }
-
-  using Launcher = void (*)(Product<S>, index_t, Arithmetic, TileShape, const Exec&);
-  void run(Launcher launcher, S* result, index_t stride, const Exec& exec) {
-    constexpr index_t kUnit = 16 / sizeof(S);
-    const ProductShape& s = p_.shape;
-    p_.result = result;
-    p_.result_stride = stride;
-    // b is weights or dy with rows of `out`
-    p_.wide_a = s.channels % kUnit == 0;
-    p_.wide_b = s.out % kUnit == 0;
-    for (int i = 0; i < p_.pairs; ++i) {
-      p_.wide_a = p_.wide_a && aligned(p_.pair[i].a, p_.pair[i].a_stride);
-      p_.wide_b = p_.wide_b && aligned(p_.pair[i].b, p_.pair[i].b_stride);
-    }
-    p_.wide_out = s.columns % 4 == 0 && aligned(result, stride) && aligned(p_.mask, stride) &&
-                  aligned(p_.base, p_.base_stride) && aligned(result, p_.part_stride);
-    if (args_.tasks > 0) {
-      launcher(p_, args_.tasks, choose_arithmetic<S>(s, exec.precision),
-               choose_tile(s, args_.tasks), exec);
-    }
-  }
-
- private:
-  const LayerArgs<S>& args_;
-  Product<S> p_;
-};
+constexpr unsigned kReduceBlock = 128;
 
 template <class S>
 struct Reduce {
@@ -183,127 +137,181 @@ FM_KERNEL void bilinear_reduce_kernel(const Reduce<S> p) {
   }
 }
 
+// The passes of one layer.
 template <class S>
-index_t in_stride(const LayerArgs<S>& a) {
-  return a.samples * a.desc->in.size();
-}
-template <class S>
-index_t out_stride(const LayerArgs<S>& a) {
-  return a.samples * a.desc->out.size();
-}
+class Passes {
+ public:
+  Passes(const LayerArgs<S>& args, const Exec& exec, Chooser chooser)
+      : a_(args),
+        d_(*args.desc),
+        exec_(exec),
+        chooser_(chooser),
+        in_(args.samples * d_.in.size()),
+        out_(args.samples * d_.out.size()) {}
 
-template <class S>
-void run_outputs(const LayerArgs<S>& a, PassProduct<S>& pass, const S* w, index_t w_stride, S* y,
-                 const Exec& exec) {
-  if (a.desc->has_bias && w) {
-    pass.product().bias = w + a.desc->bias_offset;
-    pass.product().bias_stride = w_stride;
+  void run(Pass pass) const {
+    if (a_.tasks == 0) return;
+    switch (pass) {
+      case Pass::forward: {
+        Product<S> p = product(Form::outputs, {a_.x, a_.w, in_, a_.w_stride}, {});
+        p.relu = d_.relu;
+        return outputs(p, a_.w, a_.w_stride, a_.y);
+      }
+      case Pass::tangent_forward: {
+        Product<S> p = product(Form::outputs, {a_.x, a_.tw, in_, a_.tw_stride},
+                               {a_.tx, a_.w, in_, a_.w_stride});
+        p.mask = d_.relu ? a_.y : nullptr;
+        return outputs(p, a_.tw, a_.tw_stride, a_.ty);
+      }
+      case Pass::backward: {
+        inputs({a_.dy, a_.w, out_, a_.w_stride}, {}, a_.dx);
+        return weights({a_.x, a_.dy, in_, out_}, {}, a_.dw);
+      }
+      case Pass::tangent_backward: {
+        inputs({a_.tdy, a_.w, out_, a_.w_stride}, {a_.dy, a_.tw, out_, a_.tw_stride}, a_.tdx);
+        return weights({a_.x, a_.tdy, in_, out_}, {a_.tx, a_.dy, in_, out_}, a_.tdw);
+      }
+    }
   }
-  pass.run(launch_outputs<S>, y, out_stride(a), exec);
-}
 
-template <class S>
-void run_inputs(const LayerArgs<S>& a, PassProduct<S>& pass, S* dx, const Exec& exec) {
-  if (a.desc->relu_input) pass.product().mask = a.x;
-  pass.run(launch_inputs<S>, dx, in_stride(a), exec);
-}
+ private:
+  using Pair = OperandPair<S>;
 
-template <class S>
-void run_weights(const LayerArgs<S>& a, PassProduct<S>& pass, S* dw, const Exec& exec) {
-  const LayerDesc& d = *a.desc;
-  Product<S>& p = pass.product();
-  p.bias_offset = d.has_bias ? d.bias_offset : 0;
-  if (p.shape.groups == 1) {
-    p.base = a.dw_base;
-    p.base_stride = a.dw_base_stride;
-    p.weight_scale = a.weight_scale;
-    p.bias_scale = a.bias_scale;
-    p.weight_rate = a.weight_rate;
-    p.bias_rate = a.bias_rate;
-    return pass.run(launch_weights<S>, dw, a.dw_stride, exec);
+  // Pairs with a null operand are zero.
+  Product<S> product(Form form, Pair first, Pair second) const {
+    Product<S> p;
+    p.shape = shape_of(d_, a_.samples, form);
+    for (const Pair& pair : {first, second}) {
+      if (pair.a && pair.b) p.pair[p.pairs++] = pair;
+    }
+    return p;
   }
-  Reduce<S> r;
-  r.parts_stride = scratch_count(d, a.samples);
-  r.part_stride = d.param_count;
-  p.part_stride = r.part_stride;
-  S* parts = static_cast<S*>(exec.scratch);
-  pass.run(launch_weights<S>, parts, r.parts_stride, exec);
-  r.parts = parts;
-  r.count = p.shape.groups;
-  r.result = dw;
-  r.result_stride = a.dw_stride;
-  r.base = a.dw_base;
-  r.base_stride = a.dw_base_stride;
-  r.tasks = a.tasks;
-  r.weights = index_t(p.shape.rows) * p.shape.columns;
-  r.bias_offset = d.bias_offset;
-  r.outputs = d.has_bias ? p.shape.columns : 0;
-  r.weight_scale = a.weight_scale;
-  r.bias_scale = a.bias_scale;
-  r.weight_rate = a.weight_rate;
-  r.bias_rate = a.bias_rate;
-  constexpr unsigned kBlock = 128;
-  if (a.tasks > 0) {
-    launch(
-        bilinear_reduce_kernel<S>,
-        dim3(blocks_for(r.weights + r.outputs, kBlock), unsigned(min_of<index_t>(a.tasks, 65535))),
-        kBlock, 0, exec, r);
+
+  using Launcher = void (*)(Product<S>, index_t, Choice, const Exec&);
+  void launch_with(Launcher launcher, Product<S>& p, S* result, index_t stride) const {
+    constexpr index_t kUnit = 16 / sizeof(S);
+    p.result = result;
+    p.result_stride = stride;
+    p.wide_a = p.shape.channels % kUnit == 0;
+    p.wide_b = p.shape.out % kUnit == 0;  // rows of the weights, and of dy
+    for (int i = 0; i < p.pairs; ++i) {
+      p.wide_a = p.wide_a && aligned(p.pair[i].a, p.pair[i].a_stride);
+      p.wide_b = p.wide_b && aligned(p.pair[i].b, p.pair[i].b_stride);
+    }
+    p.wide_out = p.shape.columns % 4 == 0 && aligned(result, stride) &&
+                 aligned(result, p.part_stride) && aligned(p.mask, stride) &&
+                 aligned(p.base, p.base_stride);
+    launcher(p, a_.tasks, chooser_(p.shape, a_.tasks, exec_.precision, sizeof(S)), exec_);
   }
-}
+
+  void outputs(Product<S>& p, const S* w, index_t w_stride, S* y) const {
+    if (d_.has_bias && w) {
+      p.bias = w + d_.bias_offset;
+      p.bias_stride = w_stride;
+    }
+    launch_with(launch_outputs<S>, p, y, out_);
+  }
+
+  void inputs(Pair first, Pair second, S* dx) const {
+    if (!dx) return;
+    Product<S> p = product(Form::inputs, first, second);
+    p.mask = d_.relu_input ? a_.x : nullptr;
+    launch_with(launch_inputs<S>, p, dx, in_);
+  }
+
+  void weights(Pair first, Pair second, S* dw) const {
+    if (!dw) return;
+    Product<S> p = product(Form::weights, first, second);
+    p.bias_offset = d_.has_bias ? d_.bias_offset : 0;
+    if (p.shape.groups > 1) {
+      S* parts = static_cast<S*>(exec_.scratch);
+      p.part_stride = d_.param_count;
+      launch_with(launch_weights<S>, p, parts, scratch_count(d_, a_.samples));
+      return reduce(p, dw);
+    }
+    p.base = a_.dw_base;
+    p.base_stride = a_.dw_base_stride;
+    p.weight_scale = a_.weight_scale;
+    p.bias_scale = a_.bias_scale;
+    p.weight_rate = a_.weight_rate;
+    p.bias_rate = a_.bias_rate;
+    launch_with(launch_weights<S>, p, dw, a_.dw_stride);
+  }
+
+  void reduce(const Product<S>& p, S* dw) const {
+    const Reduce<S> r{p.result,
+                      dw,
+                      a_.dw_base,
+                      p.result_stride,
+                      p.part_stride,
+                      a_.dw_stride,
+                      a_.dw_base_stride,
+                      a_.tasks,
+                      index_t(p.shape.rows) * p.shape.columns,
+                      d_.bias_offset,
+                      d_.has_bias ? p.shape.columns : 0,
+                      p.shape.groups,
+                      a_.weight_scale,
+                      a_.bias_scale,
+                      a_.weight_rate,
+                      a_.bias_rate};
+    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceBlock),
+                    unsigned(min_of<index_t>(a_.tasks, 65535)));
+    launch(bilinear_reduce_kernel<S>, grid, kReduceBlock, 0, exec_, r);
+  }
+
+  const LayerArgs<S>& a_;
+  const LayerDesc& d_;
+  const Exec& exec_;
+  Chooser chooser_;
+  index_t in_, out_;  // elements of a task's activations
+};
 
 }  // namespace
 
+// Products of vectors are not for tensor cores, which would multiply mostly zeros.
+Choice choose(const ProductShape& s, index_t tasks, Precision precision, std::size_t scalar_size) {
+  const TileShape tile = choose_tile(s, tasks);
+  if (scalar_size != sizeof(float) || s.columns < 4 || s.depth < 4) {
+    return {Arithmetic::scalar, tile};
+  }
+  switch (precision) {
+    case Precision::tf32:
+      return {Arithmetic::tf32, tile};
+    case Precision::bfloat16:
+      return {Arithmetic::bfloat16, tile};
+    default:
+      return {Arithmetic::split_tf32, tile};
+  }
+}
+
+template <class S>
+void bilinear_pass(Pass pass, const LayerArgs<S>& a, const Exec& exec, Chooser chooser) {
+  Passes<S>(a, exec, chooser).run(pass);
+}
+
 template <class S>
 void bilinear_forward(const LayerArgs<S>& a, const Exec& exec) {
-  PassProduct<S> pass(a, Form::outputs);
-  pass.add(a.x, in_stride(a), a.w, a.w_stride);
-  pass.product().relu = a.desc->relu;
-  run_outputs(a, pass, a.w, a.w_stride, a.y, exec);
+  bilinear_pass(Pass::forward, a, exec, choose);
 }
-
-template <class S>
-void bilinear_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
-  PassProduct<S> pass(a, Form::outputs);
-  pass.add(a.x, in_stride(a), a.tw, a.tw_stride);
-  pass.add(a.tx, in_stride(a), a.w, a.w_stride);
-  if (a.desc->relu) pass.product().mask = a.y;
-  run_outputs(a, pass, a.tw, a.tw_stride, a.ty, exec);
-}
-
 template <class S>
 void bilinear_backward(const LayerArgs<S>& a, const Exec& exec) {
-  if (a.dx) {
-    PassProduct<S> pass(a, Form::inputs);
-    pass.add(a.dy, out_stride(a), a.w, a.w_stride);
-    run_inputs(a, pass, a.dx, exec);
-  }
-  if (a.dw) {
-    PassProduct<S> pass(a, Form::weights);
-    pass.add(a.x, in_stride(a), a.dy, out_stride(a));
-    run_weights(a, pass, a.dw, exec);
-  }
+  bilinear_pass(Pass::backward, a, exec, choose);
 }
-
+template <class S>
+void bilinear_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
+  bilinear_pass(Pass::tangent_forward, a, exec, choose);
+}
 template <class S>
 void bilinear_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
-  if (a.tdx) {
-    PassProduct<S> pass(a, Form::inputs);
-    pass.add(a.tdy, out_stride(a), a.w, a.w_stride);
-    pass.add(a.dy, out_stride(a), a.tw, a.tw_stride);
-    run_inputs(a, pass, a.tdx, exec);
-  }
-  if (a.tdw) {
-    PassProduct<S> pass(a, Form::weights);
-    pass.add(a.x, in_stride(a), a.tdy, out_stride(a));
-    pass.add(a.tx, in_stride(a), a.dy, out_stride(a));
-    run_weights(a, pass, a.tdw, exec);
-  }
+  bilinear_pass(Pass::tangent_backward, a, exec, choose);
 }
 
-#define FM_INSTANTIATE(S)                                                   \
-  template void bilinear_forward(const LayerArgs<S>&, const Exec&);         \
-  template void bilinear_backward(const LayerArgs<S>&, const Exec&);        \
-  template void bilinear_tangent_forward(const LayerArgs<S>&, const Exec&); \
+#define FM_INSTANTIATE(S)                                                       \
+  template void bilinear_pass(Pass, const LayerArgs<S>&, const Exec&, Chooser); \
+  template void bilinear_forward(const LayerArgs<S>&, const Exec&);             \
+  template void bilinear_backward(const LayerArgs<S>&, const Exec&);            \
+  template void bilinear_tangent_forward(const LayerArgs<S>&, const Exec&);     \
   template void bilinear_tangent_backward(const LayerArgs<S>&, const Exec&)
 FM_INSTANTIATE(float);
 FM_INSTANTIATE(double);

@@ -95,14 +95,26 @@ constexpr int kTileRows[] = {128, 64, 16, 128}, kTileColumns[] = {32, 64, 64, 8}
 // Steps of the sum between two parts are a multiple of this, whatever the tile.
 constexpr index_t kDepthAlign = 32;
 
+struct Choice {
+  Arithmetic arithmetic;
+  TileShape tile;
+};
+
 template <class S>
-void launch_outputs(Product<S> p, index_t tasks, Arithmetic arithmetic, TileShape tile,
-                    const Exec& exec);
+void launch_outputs(Product<S> p, index_t tasks, Choice choice, const Exec& exec);
 template <class S>
-void launch_inputs(Product<S> p, index_t tasks, Arithmetic arithmetic, TileShape tile,
-                   const Exec& exec);
+void launch_inputs(Product<S> p, index_t tasks, Choice choice, const Exec& exec);
 template <class S>
-void launch_weights(Product<S> p, index_t tasks, Arithmetic arithmetic, TileShape tile,
-                    const Exec& exec);
+void launch_weights(Product<S> p, index_t tasks, Choice choice, const Exec& exec);
+
+// The choice of the passes in kernels.h; `scalar_size` in bytes.
+using Chooser = Choice (*)(const ProductShape&, index_t tasks, Precision, std::size_t scalar_size);
+Choice choose(const ProductShape& shape, index_t tasks, Precision precision,
+              std::size_t scalar_size);
+
+// A pass with another chooser, for tests.
+enum class Pass { forward, backward, tangent_forward, tangent_backward };
+template <class S>
+void bilinear_pass(Pass pass, const LayerArgs<S>& args, const Exec& exec, Chooser chooser);
 
 }  // namespace FM_CUDA

@@ -349,21 +349,20 @@ void launch_scalar(Product<S>& p, index_t tasks, TileShape tile, const Exec& exe
 }
 
 template <Form form, class S>
-void launch_form(Product<S>& p, index_t tasks, Arithmetic arithmetic, TileShape tile,
-                 const Exec& exec) {
+void launch_form(Product<S>& p, index_t tasks, Choice choice, const Exec& exec) {
   if constexpr (sizeof(S) == 4) {
-    switch (arithmetic) {
+    switch (choice.arithmetic) {
       case Arithmetic::split_tf32:
-        return launch_tensor<form, Arithmetic::split_tf32>(p, tasks, tile, exec);
+        return launch_tensor<form, Arithmetic::split_tf32>(p, tasks, choice.tile, exec);
       case Arithmetic::tf32:
-        return launch_tensor<form, Arithmetic::tf32>(p, tasks, tile, exec);
+        return launch_tensor<form, Arithmetic::tf32>(p, tasks, choice.tile, exec);
       case Arithmetic::bfloat16:
-        return launch_tensor<form, Arithmetic::bfloat16>(p, tasks, tile, exec);
+        return launch_tensor<form, Arithmetic::bfloat16>(p, tasks, choice.tile, exec);
       default:
         break;
     }
   }
-  launch_scalar<form>(p, tasks, tile, exec);
+  launch_scalar<form>(p, tasks, choice.tile, exec);
 }
 
 }  // namespace FM_CUDA
