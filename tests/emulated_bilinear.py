@@ -1,7 +1,7 @@
-"""One bilinear layer on the emulated CUDA backend, called straight from C, and its oracle.
+"""One bilinear layer on the emulated CUDA backend, called from C, and its oracle.
 
 A driver (tests/emulation/bilinear.cpp) is compiled with the kernels as plain C++. Every
-array lies in NaN, so that what is read outside of it shows, and writes outside are found.
+array lies in NaN, so that what is read outside of it shows, and writes are found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PASSES = ("forward", "backward", "tangent_forward", "tangent_backward")
 OUTPUTS = (("y",), ("dx", "dw"), ("ty",), ("tdx", "tdw"))
 ARITHMETIC = ("scalar", "split_tf32", "tf32", "bfloat16")
 PRECISIONS = ("float32", "tf32", "bfloat16")
-TILES = ((128, 32), (64, 64), (16, 64), (128, 8))
+TILES = ((128, 32), (64, 64), (32, 32), (16, 64), (128, 8))
 
 _INPUTS = ("x", "w", "dy", "tx", "tw", "tdy")
 _RESULTS = ("y", "dx", "dw", "ty", "tdx", "tdw")
@@ -273,23 +273,8 @@ class Options:
     passes: tuple[str, ...] = field(default=PASSES)
 
 
-def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
-    """All passes.
-
-    Returns:
-        y, ty [T, N, OH, OW, out] and dx, tdx [T, N, H, W, in], channels last; dw, tdw
-        [T, KH, KW, in, out], db, tdb [T, out].
-    """
-    memory = Memory(o.dtype, o.offset)
-    size = 1 if layer.shared else layer.tasks
-    inputs = {n: memory.put(channels_last(v[n])) for n in ("x", "tx", "dy", "tdy")}
-    inputs["w"] = memory.put(parameters(layer, v["w"][:size], v["b"][:size]))
-    inputs["tw"] = memory.put(parameters(layer, v["tw"], v["tb"]))
-    base = parameters(layer, v["base"], v["base_b"])
-    out = {n: memory.empty(inputs[m].numel()) for n, m in _like()}
-    for name in ("dw", "tdw"):
-        out[name] = memory.put(base if o.base == "same" else base * float("nan"))
-    call = _Call()
+def _call(layer: Layer, o: Options) -> _Call:
+    """All but the pointers."""
     settings = {
         "double_precision": o.dtype == torch.float64,
         "precision": PRECISIONS.index(o.precision),
@@ -316,14 +301,38 @@ def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
         "weight_scale": o.scales[0],
         "bias_scale": o.scales[1],
     }
-    for name, pair in (
-        ("kernel", layer.kernel),
-        ("stride", layer.stride),
-        ("padding", layer.padding),
-    ):
-        settings |= {f"{name}_y": pair[0], f"{name}_x": pair[1]}
+    for name in ("kernel", "stride", "padding"):
+        y, x = getattr(layer, name)
+        settings |= {f"{name}_y": y, f"{name}_x": x}
+    call = _Call()
     for name, value in settings.items():
         setattr(call, name, value)
+    return call
+
+
+def parts(library: ctypes.CDLL, layer: Layer) -> int:
+    """Parts that the layer's weight gradient is summed in."""
+    library.parts.restype = ctypes.c_int64
+    return library.parts(ctypes.byref(_call(layer, Options())))
+
+
+def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
+    """All passes.
+
+    Returns:
+        y, ty [T, N, OH, OW, out] and dx, tdx [T, N, H, W, in], channels last; dw, tdw
+        [T, KH, KW, in, out], db, tdb [T, out].
+    """
+    memory = Memory(o.dtype, o.offset)
+    size = 1 if layer.shared else layer.tasks
+    inputs = {n: memory.put(channels_last(v[n])) for n in ("x", "tx", "dy", "tdy")}
+    inputs["w"] = memory.put(parameters(layer, v["w"][:size], v["b"][:size]))
+    inputs["tw"] = memory.put(parameters(layer, v["tw"], v["tb"]))
+    base = parameters(layer, v["base"], v["base_b"])
+    out = {n: memory.empty(inputs[m].numel()) for n, m in _like()}
+    for name in ("dw", "tdw"):
+        out[name] = memory.put(base if o.base == "same" else base * float("nan"))
+    call = _call(layer, o)
     library.scratch_elements.restype = ctypes.c_int64
     scratch = memory.empty(layer.tasks * library.scratch_elements(ctypes.byref(call)))
     call.scratch = scratch.data_ptr()

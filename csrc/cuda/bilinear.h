@@ -89,8 +89,8 @@ struct Product {
 enum class Arithmetic { scalar, split_tf32, tf32, bfloat16 };
 
 // Tiles of the result that a block computes, rows x columns.
-enum class TileShape { t128x32, t64x64, t16x64, t128x8, count };
-constexpr int kTileRows[] = {128, 64, 16, 128}, kTileColumns[] = {32, 64, 64, 8};
+enum class TileShape { t128x32, t64x64, t32x32, t16x64, t128x8, count };
+constexpr int kTileRows[] = {128, 64, 32, 16, 128}, kTileColumns[] = {32, 64, 32, 64, 8};
 
 // Steps of the sum between two parts are a multiple of this, whatever the tile.
 constexpr index_t kDepthAlign = 32;

@@ -327,6 +327,8 @@ void launch_tensor(Product<float>& p, index_t tasks, TileShape tile, const Exec&
                                                                                      exec);
     case TileShape::t64x64:
       return launch_product<float, TensorLoop<64, 64, 32, 32, 3, arithmetic>, form>(p, tasks, exec);
+    case TileShape::t32x32:
+      return launch_product<float, TensorLoop<32, 32, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
     case TileShape::t16x64:
       return launch_product<float, TensorLoop<16, 64, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
     default:
@@ -341,6 +343,8 @@ void launch_scalar(Product<S>& p, index_t tasks, TileShape tile, const Exec& exe
       return launch_product<S, ScalarLoop<S, 128, 32, 8, 4, 3>, form>(p, tasks, exec);
     case TileShape::t64x64:
       return launch_product<S, ScalarLoop<S, 64, 64, 8, 4, 3>, form>(p, tasks, exec);
+    case TileShape::t32x32:
+      return launch_product<S, ScalarLoop<S, 32, 32, 2, 4, 4>, form>(p, tasks, exec);
     case TileShape::t16x64:
       return launch_product<S, ScalarLoop<S, 16, 64, 2, 4, 4>, form>(p, tasks, exec);
     default:

@@ -17,6 +17,13 @@
 
 namespace FM_CUDA {
 
+// Whether 8 rows x 4 steps, words these distances apart, lie in 32 different banks.
+constexpr bool in_different_banks(int row, int step) {
+  std::uint32_t banks = 0;
+  for (int i = 0; i < 32; ++i) banks |= std::uint32_t(1) << (i / 4 * row + i % 4 * step) % 32;
+  return banks == 0xffffffffu;
+}
+
 template <int TileM, int TileN, int WarpM, int WarpN, int Stages, Arithmetic arithmetic>
 struct TensorLoop {
   static constexpr int kTileM = TileM, kTileN = TileN, kTileK = 32;
@@ -35,6 +42,8 @@ struct TensorLoop {
   // Fragments of eight steps as they are, from a pointer to the lane's first element.
   template <class L>
   static FM_DEVICE void load(const float* a, const float* b, float (&x)[kM][4], float (&w)[kN][2]) {
+    static_assert(in_different_banks(L::kA, L::kDepthA), "a fragment of a is one access");
+    static_assert(in_different_banks(L::kB, L::kDepthB), "a fragment of b is one access");
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
