@@ -25,12 +25,10 @@
 #define FM_CUDA fm::cuda
 #define FM_KERNEL __global__
 #define FM_DEVICE __device__ __forceinline__
-#define FM_UNROLL _Pragma("unroll")
 #else
 #define FM_CUDA fm::cuda_emulated
 #define FM_KERNEL
 #define FM_DEVICE inline
-#define FM_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 #define launch(...) launch_named(#__VA_ARGS__, __VA_ARGS__)
