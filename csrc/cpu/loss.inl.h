@@ -3,6 +3,12 @@
 
 namespace FM_KERNELS {
 
+FM_INLINE void put_metrics(const LossArgs<S>& a, double value, double accuracy) {
+  if (!a.value) return;
+  *a.value = value;
+  *a.accuracy = accuracy;
+}
+
 inline void squared_error_value(const LossArgs<S>& a, const Exec&) {
   const S* y = static_cast<const S*>(a.target);
   double value = 0;
@@ -11,8 +17,7 @@ inline void squared_error_value(const LossArgs<S>& a, const Exec&) {
     value +=
         math::squared_error(a.z + row, y + row, a.outputs, a.scale, a.dz ? a.dz + row : nullptr);
   }
-  *a.value = value;
-  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+  put_metrics(a, value, std::numeric_limits<double>::quiet_NaN());
 }
 
 inline void squared_error_hessian(const LossArgs<S>& a, const Exec&) {
@@ -30,8 +35,7 @@ inline void cross_entropy_value(const LossArgs<S>& a, const Exec&) {
                                  a.dz ? a.dz + row : nullptr, &correct);
     hits += correct;
   }
-  *a.value = value;
-  *a.accuracy = double(hits) / double(a.samples);
+  put_metrics(a, value, double(hits) / double(a.samples));
 }
 
 inline void cross_entropy_hessian(const LossArgs<S>& a, const Exec&) {
@@ -49,8 +53,7 @@ inline void gaussian_policy_value(const LossArgs<S>& a, const Exec&) {
     value += math::gaussian_policy(a.z + n * a.outputs, target + n * (actions + 1), actions,
                                    a.scale, a.dz ? a.dz + n * a.outputs : nullptr);
   }
-  *a.value = value;
-  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+  put_metrics(a, value, std::numeric_limits<double>::quiet_NaN());
 }
 
 inline void gaussian_policy_hessian(const LossArgs<S>& a, const Exec&) {
