@@ -21,7 +21,7 @@ FM_KERNEL void __launch_bounds__(kNormBlock<S, W>) batch_norm_kernel(const NormP
 }
 
 template <Pass P, class S>
-void run(const char* name, const LayerArgs<S>& a, const Rows<S>& rows, S* dw, const Exec& exec) {
+void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw, const Exec& exec) {
   NormParams<S> p = norm_params(a, dw, exec);
   const index_t count = a.samples * a.desc->in.pixels();
   p.rows = rows;
@@ -38,14 +38,14 @@ void run(const char* name, const LayerArgs<S>& a, const Rows<S>& rows, S* dw, co
 
 template <class S>
 void batch_norm_forward(const LayerArgs<S>& a, const Exec& exec) {
-  Rows<S> rows;
+  NormRows<S> rows;
   rows.out = a.y;
   run<Pass::forward, S>("batch_norm forward", a, rows, nullptr, exec);
 }
 
 template <class S>
 void batch_norm_backward(const LayerArgs<S>& a, const Exec& exec) {
-  Rows<S> rows;
+  NormRows<S> rows;
   rows.dy = a.dy;
   rows.out = a.dx;
   run<Pass::backward>("batch_norm backward", a, rows, a.dw, exec);
@@ -53,7 +53,7 @@ void batch_norm_backward(const LayerArgs<S>& a, const Exec& exec) {
 
 template <class S>
 void batch_norm_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
-  Rows<S> rows;
+  NormRows<S> rows;
   rows.tx = a.tx;
   rows.out = a.ty;
   run<Pass::tangent_forward, S>("batch_norm tangent_forward", a, rows, nullptr, exec);
@@ -61,7 +61,7 @@ void batch_norm_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
 
 template <class S>
 void batch_norm_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
-  Rows<S> rows;
+  NormRows<S> rows;
   rows.tx = a.tx;
   rows.dy = a.dy;
   rows.tdy = a.tdy;
@@ -69,7 +69,7 @@ void batch_norm_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   run<Pass::tangent_backward>("batch_norm tangent_backward", a, rows, a.tdw, exec);
 }
 
-FM_LAYER(batch_norm, float)
-FM_LAYER(batch_norm, double)
+FM_INSTANTIATE_PASSES(batch_norm, float);
+FM_INSTANTIATE_PASSES(batch_norm, double);
 
 }  // namespace FM_CUDA

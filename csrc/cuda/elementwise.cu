@@ -90,22 +90,22 @@ ElementwiseParams<S> params_of(const LayerArgs<S>& a, const S* v, S* out) {
 
 }  // namespace
 
-template <class S, class F>
+template <class F, class S>
 void elementwise_forward(const LayerArgs<S>& a, const Exec& exec) {
   run<S, F, Sweep::value>(params_of<S>(a, nullptr, a.y), exec);
 }
 
-template <class S, class F>
+template <class F, class S>
 void elementwise_backward(const LayerArgs<S>& a, const Exec& exec) {
   if (a.dx) run<S, F, Sweep::slope>(params_of(a, a.dy, a.dx), exec);
 }
 
-template <class S, class F>
+template <class F, class S>
 void elementwise_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
   run<S, F, Sweep::slope>(params_of(a, a.tx, a.ty), exec);
 }
 
-template <class S, class F>
+template <class F, class S>
 void elementwise_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   if (!a.tdx) return;
   ElementwiseParams<S> p = params_of(a, a.tdy, a.tdx);
@@ -118,20 +118,20 @@ void elementwise_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   }
 }
 
-#define FM_ACTIVATION(S, F)                                                          \
-  template void elementwise_forward<S, math::F>(const LayerArgs<S>&, const Exec&);          \
-  template void elementwise_backward<S, math::F>(const LayerArgs<S>&, const Exec&);         \
-  template void elementwise_tangent_forward<S, math::F>(const LayerArgs<S>&, const Exec&);  \
-  template void elementwise_tangent_backward<S, math::F>(const LayerArgs<S>&, const Exec&);
-#define FM_ACTIVATIONS(S)                                                           \
-  FM_ACTIVATION(S, Relu)                                                            \
-  FM_ACTIVATION(S, LeakyRelu)                                                       \
-  FM_ACTIVATION(S, Tanh)                                                            \
-  FM_ACTIVATION(S, Sigmoid)                                                         \
-  FM_ACTIVATION(S, Silu)                                                            \
-  FM_ACTIVATION(S, Gelu)                                                            \
-  FM_ACTIVATION(S, GeluTanh)                                                        \
-  FM_ACTIVATION(S, Elu)                                                             \
+#define FM_ACTIVATION(S, F)                                                                \
+  template void elementwise_forward<math::F>(const LayerArgs<S>&, const Exec&);            \
+  template void elementwise_backward<math::F>(const LayerArgs<S>&, const Exec&);           \
+  template void elementwise_tangent_forward<math::F>(const LayerArgs<S>&, const Exec&);    \
+  template void elementwise_tangent_backward<math::F>(const LayerArgs<S>&, const Exec&);
+#define FM_ACTIVATIONS(S)     \
+  FM_ACTIVATION(S, Relu)      \
+  FM_ACTIVATION(S, LeakyRelu) \
+  FM_ACTIVATION(S, Tanh)      \
+  FM_ACTIVATION(S, Sigmoid)   \
+  FM_ACTIVATION(S, Silu)      \
+  FM_ACTIVATION(S, Gelu)      \
+  FM_ACTIVATION(S, GeluTanh)  \
+  FM_ACTIVATION(S, Elu)       \
   FM_ACTIVATION(S, Softplus)
 
 FM_ACTIVATIONS(float)

@@ -26,7 +26,7 @@ enum class Pass { forward, backward, tangent_forward, tangent_backward };
 
 // Data of row sweeps, per task: rows of C channels, and the distance from task to task.
 template <class S>
-struct Rows {
+struct NormRows {
   const S *x = nullptr, *tx = nullptr, *dy = nullptr, *tdy = nullptr;
   S* out = nullptr;
   index_t x_stride = 0, tx_stride = 0, out_stride = 0;  // out_stride: of dy, tdy and out
@@ -34,7 +34,7 @@ struct Rows {
 
 template <class S>
 struct NormParams {
-  Rows<S> rows;
+  NormRows<S> rows;
   int sum_items, map_items;  // of a task
   int channels, lanes;
   int parts;         // of the summed items
@@ -54,7 +54,7 @@ struct NormParams {
 };
 
 constexpr int kRun = 64;
-constexpr unsigned kNormThreads = 256;  // that take packs; single elements take as many more
+constexpr unsigned kNormThreads = 128;  // that take packs; single elements take as many more
 
 template <class S, int W>
 constexpr unsigned kNormBlock = kNormThreads * (kPack<S> / W);
@@ -200,7 +200,7 @@ struct RowSweep {
 
   FM_DEVICE RowSweep(const NormParams<S>& params, index_t task, int c, const S* found, int width)
       : p(params) {
-    const Rows<S>& r = p.rows;
+    const NormRows<S>& r = p.rows;
     x = r.x + task * r.x_stride + c;
     tx = shifted(r.tx, task * r.tx_stride + c);
     dy = shifted(r.dy, task * r.out_stride + c);
@@ -261,8 +261,8 @@ struct RowSweep {
 };
 
 // One pass. `Sum` and `Map` are sweeps: made for a pack of channels, then called item by item.
-template <class S, int W, Pass P, class Sum, class Map>
-FM_DEVICE void norm_pass(const NormParams<S>& p) {
+template <class S, int W, Pass P, class Sum, class Map, class Params>
+FM_DEVICE void norm_pass(const Params& p) {
   const int lane = int(threadIdx.x) % p.lanes, row = int(threadIdx.x) / p.lanes;
   const int rows = int(blockDim.x) / p.lanes, width = p.lanes * W;
   const index_t task = blockIdx.z;
@@ -370,11 +370,11 @@ NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
 
 // Runs a pass: `wide` takes packs, `narrow` single elements. `sum_rows` and `map_rows` are the rows
 // of data that are read for the summed and mapped items.
-template <class S>
-void run_norm(const char* name, void (*wide)(NormParams<S>), void (*narrow)(NormParams<S>),
-              NormParams<S> p, index_t tasks, index_t sum_rows, index_t map_rows, bool packs,
+template <class S, template <class> class Params>
+void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
+              index_t tasks, index_t sum_rows, index_t map_rows, bool packs,
               const Exec& exec) {
-  constexpr index_t kAlone = 1024, kPart = 256, kBlockBytes = 32 << 10, kLineBytes = 64;
+  constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
   constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
   require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);
   const index_t all = max_of(sum_rows, map_rows);
