@@ -145,6 +145,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FM_VERSION;
   info["build"] = FM_BUILD_INFO;
+  info["cuda"] = FM_CUDA_BUILD;
   info["isas"] = cpu::usable_isas();
   info["isa"] = cpu::current_isa();
   info["threads"] = cpu::num_threads();

@@ -16,7 +16,7 @@ namespace FM_CUDA {
 namespace {
 
 template <class S, int W, Pass P>
-FM_KERNEL void __launch_bounds__(kNormBlock<S, W>) batch_norm_kernel(const NormParams<S> p) {
+FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1) batch_norm_kernel(const NormParams<S> p) {
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }
 

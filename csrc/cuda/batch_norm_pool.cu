@@ -159,7 +159,7 @@ struct CellSweep {
 };
 
 template <class S, int W, Pass P, int K>
-FM_KERNEL void __launch_bounds__(kNormBlock<S, W>)
+FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1)
     batch_norm_pool_kernel(const PoolParams<S> p) {
   using Cells = CellSweep<S, W, P, K>;
   using Winners = RowSweep<S, W, P>;
