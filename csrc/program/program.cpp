@@ -1,6 +1,7 @@
 #include "program/program.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -277,6 +278,7 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   for (const Parameter& p : parameters_) segments_.push_back({p.offset, p.count});
   fuse();
   choose_chunk();
+  place_tables();
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
 }
 
@@ -345,6 +347,24 @@ double Program::loss_scale(index_t samples) const {
   const double n = double(samples), outputs = double(output_.size());
   if (loss_ == LossKind::squared_error) return 1.0 / (n * outputs);
   return (sum_over_ways_ ? outputs : 1.0) / n;
+}
+
+void Program::place_tables() {
+  table_bytes_ = align_up(index_t(segments_.size() * sizeof(Segment)), kAlignment);
+  for (Parameter& p : parameters_) {
+    p.table = table_bytes_;
+    table_bytes_ += align_up(index_t(p.index.size() * sizeof(std::int32_t)), kAlignment);
+  }
+}
+
+std::vector<char> Program::tables() const {
+  std::vector<char> bytes(table_bytes_);
+  std::memcpy(bytes.data(), segments_.data(), segments_.size() * sizeof(Segment));
+  for (const Parameter& p : parameters_) {
+    if (p.index.empty()) continue;
+    std::memcpy(bytes.data() + p.table, p.index.data(), p.index.size() * sizeof(std::int32_t));
+  }
+  return bytes;
 }
 
 index_t Program::target_size() const {
