@@ -64,10 +64,14 @@ FM_KERNEL void append_adjoint_kernel(const AppendAdjointParams<S> p) {
 template <class S>
 void run(const LayerArgs<S>& a, const S* x, const S* w, index_t w_stride, S* y, const Exec& exec) {
   const index_t items = a.tasks * a.samples * a.desc->out.size();
-  const AppendParams<S> p{x,          w,
-                          y,          w_stride,
-                          unsigned(items), int(a.samples),
-                          int(a.desc->in.channels), int(a.desc->out.channels)};
+  const AppendParams<S> p{x,
+                          w,
+                          y,
+                          w_stride,
+                          unsigned(items),
+                          int(a.samples),
+                          int(a.desc->in.channels),
+                          int(a.desc->out.channels)};
   launch(append_kernel<S>, flat_blocks(items, "append_parameter"), kThreads, 0, exec, p);
 }
 
@@ -78,8 +82,8 @@ void run_adjoint(const LayerArgs<S>& a, const S* dy, S* dx, S* dw, const Exec& e
   const unsigned copies = dx ? flat_blocks(items, "append_parameter") : 0;
   const unsigned sums = dw ? unsigned(a.tasks * (out - in)) : 0;
   if (copies + sums == 0) return;
-  const AppendAdjointParams<S> p{dy,     dx,             dw,      a.dw_stride, unsigned(items),
-                                 copies, int(a.samples), int(in), int(out)};
+  const AppendAdjointParams<S> p{
+      dy, dx, dw, a.dw_stride, unsigned(items), copies, int(a.samples), int(in), int(out)};
   launch(append_adjoint_kernel<S>, copies + sums, kThreads, kWarp * sizeof(double), exec, p);
 }
 

@@ -6,8 +6,8 @@
 //   tangent_forward    sums of tx and tx xhat;               ty
 //   tangent_backward   sums of tdz and (dz xhat)': tdb, tdg; tdx
 //
-// dz is dy where the ReLU lets it pass. Each pass reads its inputs twice and writes its output once;
-// normalised values are computed anew from x instead of kept.
+// dz is dy where the ReLU lets it pass. Each pass reads its inputs twice and writes its output
+// once; normalised values are computed anew from x instead of kept.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/norm.cuh"
@@ -21,7 +21,8 @@ FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1) batch_norm_kernel(const No
 }
 
 template <Pass P, class S>
-void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw, const Exec& exec) {
+void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw,
+         const Exec& exec) {
   NormParams<S> p = norm_params(a, dw, exec);
   const index_t count = a.samples * a.desc->in.pixels();
   p.rows = rows;

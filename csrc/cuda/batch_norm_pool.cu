@@ -150,8 +150,8 @@ struct CellSweep {
       for (int w = 0; w < W; ++w) {
         const bool here = !found[w] && x.at[w] == winner.at[w];
         found[w] |= here;
-        result.at[w] = input_adjoint<P>(k[w], x.at[w], tx.at[w], here ? h[w] : S(0),
-                                        here ? th[w] : S(0));
+        result.at[w] =
+            input_adjoint<P>(k[w], x.at[w], tx.at[w], here ? h[w] : S(0), here ? th[w] : S(0));
       }
       store(p.dx + i, result);
     });

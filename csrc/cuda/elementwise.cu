@@ -5,9 +5,9 @@
 //   tangent_forward    ty  = f'(x) tx
 //   tangent_backward   tdx = f''(x) tx dy + f'(x) tdy
 //
-// Activations are dense over tasks, so a layer is one flat array of n = T N features. A thread takes
-// one pack, whatever is left of it at the end. Nothing is saved but y, which f' and f'' may want.
-// Kinds whose f'' is zero share the kernel of the slope for three of the passes.
+// Activations are dense over tasks, so a layer is one flat array of n = T N features. A thread
+// takes one pack, whatever is left of it at the end. Nothing is saved but y, which f' and f'' may
+// want. Kinds whose f'' is zero share the kernel of the slope for three of the passes.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
@@ -83,9 +83,14 @@ void run(const ElementwiseParams<S>& p, const Exec& exec) {
 
 template <class S>
 ElementwiseParams<S> params_of(const LayerArgs<S>& a, const S* v, S* out) {
-  return {a.x,   a.y,   v,
-          nullptr, nullptr, out,
-          S(a.desc->alpha), a.tasks * a.samples * a.desc->in.size()};
+  return {a.x,
+          a.y,
+          v,
+          nullptr,
+          nullptr,
+          out,
+          S(a.desc->alpha),
+          a.tasks * a.samples * a.desc->in.size()};
 }
 
 }  // namespace
@@ -118,10 +123,10 @@ void elementwise_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   }
 }
 
-#define FM_ACTIVATION(S, F)                                                                \
-  template void elementwise_forward<math::F>(const LayerArgs<S>&, const Exec&);            \
-  template void elementwise_backward<math::F>(const LayerArgs<S>&, const Exec&);           \
-  template void elementwise_tangent_forward<math::F>(const LayerArgs<S>&, const Exec&);    \
+#define FM_ACTIVATION(S, F)                                                             \
+  template void elementwise_forward<math::F>(const LayerArgs<S>&, const Exec&);         \
+  template void elementwise_backward<math::F>(const LayerArgs<S>&, const Exec&);        \
+  template void elementwise_tangent_forward<math::F>(const LayerArgs<S>&, const Exec&); \
   template void elementwise_tangent_backward<math::F>(const LayerArgs<S>&, const Exec&);
 #define FM_ACTIVATIONS(S)     \
   FM_ACTIVATION(S, Relu)      \

@@ -20,8 +20,8 @@ constexpr int kColumns = 16;
 
 template <class S>
 struct LayerNormParams {
-  const S *x, *tx, *dy, *tdy;  // [T, N, F]
-  S* out;                      // y, dx, ty or tdx
+  const S *x, *tx, *dy, *tdy;                // [T, N, F]
+  S* out;                                    // y, dx, ty or tdx
   const S *scale, *tscale, *shift, *tshift;  // [F], null where absent or not perturbed
   S *dscale, *dshift;                        // parameter adjoints or their tangents
   index_t w_stride, tw_stride, dw_stride;
@@ -137,15 +137,17 @@ FM_DEVICE void sample_block(const LayerNormParams<S>& p, index_t sample) {
     saved[(2 * int(P) + 1) * p.samples] = second;
   }
   if (!p.out) return;
-  const auto of = [=](const S* w, index_t stride, int i) { return w ? w[task * stride + i] : S(0); };
+  const auto of = [=](const S* w, index_t stride, int i) {
+    return w ? w[task * stride + i] : S(0);
+  };
   for (int i = int(threadIdx.x); i < p.features; i += int(blockDim.x)) {
     const Feature<S> f = feature_of<P>(p, s, task, row, i);
     S out;
     if constexpr (P == Pass::forward) {
       out = f.scale * f.xhat + of(p.shift, p.w_stride, i);
     } else if constexpr (P == Pass::tangent_forward) {
-      out = f.scale * f.txhat + of(p.tscale, p.tw_stride, i) * f.xhat +
-            of(p.tshift, p.tw_stride, i);
+      out =
+          f.scale * f.txhat + of(p.tscale, p.tw_stride, i) * f.xhat + of(p.tshift, p.tw_stride, i);
     } else {
       out = math::normalize_backward(f.h, f.xhat, s.r, s.m1, s.m2);
       if constexpr (P == Pass::tangent_backward) {
@@ -196,7 +198,7 @@ FM_DEVICE void parameter_block(const LayerNormParams<S>& p, int block) {
 }
 
 template <class S, Pass P>
-FM_KERNEL void __launch_bounds__(kThreads) layer_norm_kernel(const LayerNormParams<S> p) {
+FM_KERNEL void __launch_bounds__(kThreads, 1) layer_norm_kernel(const LayerNormParams<S> p) {
   const index_t samples = index_t(p.tasks) * p.samples;
   if (blockIdx.x < samples) {
     sample_block<P>(p, blockIdx.x);
@@ -233,8 +235,8 @@ void run(const LayerArgs<S>& a, S* out, S* dw, const Exec& exec) {
   if (p.dscale || p.dshift) blocks += a.tasks * divide_up(d.in.size(), kColumns);
   require(blocks < (index_t(1) << 31), "layer norm: expected fewer than 2^31 samples, got ",
           a.tasks * a.samples, "; use fewer tasks or samples a call");
-  launch((layer_norm_kernel<S, P>), unsigned(blocks), kThreads, 2 * kThreads * sizeof(double),
-         exec, p);
+  launch((layer_norm_kernel<S, P>), unsigned(blocks), kThreads, 2 * kThreads * sizeof(double), exec,
+         p);
 }
 
 }  // namespace

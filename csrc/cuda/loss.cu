@@ -4,8 +4,8 @@
 // 256th sample, then the block adds up in fixed order. Hessian products need no sum, so a thread
 // takes a sample of any task.
 // Labels are in device memory, where nobody has checked them. One out of range reads nothing: the
-// sample's dz and tdz are NaN, the task's value is NaN and its accuracy -1, which no labels in range
-// give.
+// sample's dz and tdz are NaN, the task's value is NaN and its accuracy -1, which no labels in
+// range give.
 #include <cmath>
 
 #include "cuda/kernels.h"
@@ -103,7 +103,7 @@ struct GaussianPolicy {
 };
 
 template <class S, class Loss>
-FM_KERNEL void __launch_bounds__(kThreads) loss_value_kernel(const LossParams<S> p) {
+FM_KERNEL void __launch_bounds__(kThreads, 1) loss_value_kernel(const LossParams<S> p) {
   const int task = int(blockIdx.x);
   double value = 0;
   int hits = 0;
@@ -125,7 +125,7 @@ FM_KERNEL void __launch_bounds__(kThreads) loss_value_kernel(const LossParams<S>
 }
 
 template <class S, class Loss>
-FM_KERNEL void __launch_bounds__(kThreads) loss_hessian_kernel(const LossParams<S> p) {
+FM_KERNEL void __launch_bounds__(kThreads, 1) loss_hessian_kernel(const LossParams<S> p) {
   const index_t n = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= index_t(p.tasks) * p.samples) return;
   const index_t row = n * p.outputs;
@@ -134,7 +134,7 @@ FM_KERNEL void __launch_bounds__(kThreads) loss_hessian_kernel(const LossParams<
 
 template <class S>
 LossParams<S> params_of(const LossArgs<S>& a) {
-  return {a.z,     a.tz,           a.target, a.dz,         a.tdz,          a.value,
+  return {a.z,        a.tz,           a.target, a.dz,         a.tdz,          a.value,
           a.accuracy, a.value_stride, a.scale,  int(a.tasks), int(a.samples), int(a.outputs)};
 }
 
@@ -152,18 +152,18 @@ void run_hessian(const LossArgs<S>& a, const Exec& exec) {
 
 }  // namespace
 
-#define FM_LOSS(name, Loss)                                       \
-  template <class S>                                              \
-  void name##_value(const LossArgs<S>& a, const Exec& exec) {     \
-    run_value<Loss>(a, exec);                                     \
-  }                                                               \
-  template <class S>                                              \
-  void name##_hessian(const LossArgs<S>& a, const Exec& exec) {   \
-    run_hessian<Loss>(a, exec);                                   \
-  }                                                               \
-  template void name##_value(const LossArgs<float>&, const Exec&);    \
-  template void name##_value(const LossArgs<double>&, const Exec&);   \
-  template void name##_hessian(const LossArgs<float>&, const Exec&);  \
+#define FM_LOSS(name, Loss)                                          \
+  template <class S>                                                 \
+  void name##_value(const LossArgs<S>& a, const Exec& exec) {        \
+    run_value<Loss>(a, exec);                                        \
+  }                                                                  \
+  template <class S>                                                 \
+  void name##_hessian(const LossArgs<S>& a, const Exec& exec) {      \
+    run_hessian<Loss>(a, exec);                                      \
+  }                                                                  \
+  template void name##_value(const LossArgs<float>&, const Exec&);   \
+  template void name##_value(const LossArgs<double>&, const Exec&);  \
+  template void name##_hessian(const LossArgs<float>&, const Exec&); \
   template void name##_hessian(const LossArgs<double>&, const Exec&);
 
 FM_LOSS(squared_error, SquaredError)

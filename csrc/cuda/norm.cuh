@@ -37,8 +37,8 @@ struct NormParams {
   NormRows<S> rows;
   int sum_items, map_items;  // of a task
   int channels, lanes;
-  int parts;         // of the summed items
-  bool sums, maps;   // what this launch does: the parts' sums, the rest, or all with one part
+  int parts;        // of the summed items
+  bool sums, maps;  // what this launch does: the parts' sums, the rest, or all with one part
   bool relu;
   double count, eps;  // elements that share their statistics
   const S* first;     // x, whose first row centres the sums
@@ -69,9 +69,7 @@ struct Channel {
   FM_DEVICE S output(S xhat) const { return scale * xhat + shift; }
   // v where the ReLU lets it pass, which as in PyTorch includes NaN
   FM_DEVICE S masked(S xhat, S v) const { return relu && output(xhat) <= S(0) ? S(0) : v; }
-  FM_DEVICE S tangent(S tx, S xhat) const {
-    return math::normalize_tangent(tx, xhat, r, tmean, q);
-  }
+  FM_DEVICE S tangent(S tx, S xhat) const { return math::normalize_tangent(tx, xhat, r, tmean, q); }
 };
 
 // From what earlier passes saved and, if not null, the two statistics that this one has found.
@@ -269,7 +267,9 @@ FM_DEVICE void norm_pass(const Params& p) {
   const int from = int(blockIdx.y) * width, c = from + lane * W;
   const bool inside = c < p.channels;
   double* sums = shared_memory<double>();  // [rows, 2, width]; in the end the sums are row 0
-  const auto cell = [=](int r, int which, int w) { return ((r * 2 + which) * W + w) * p.lanes + lane; };
+  const auto cell = [=](int r, int which, int w) {
+    return ((r * 2 + which) * W + w) * p.lanes + lane;
+  };
 
   if (p.sums) {
     double total1[W] = {}, total2[W] = {};
@@ -372,8 +372,7 @@ NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
 // of data that are read for the summed and mapped items.
 template <class S, template <class> class Params>
 void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
-              index_t tasks, index_t sum_rows, index_t map_rows, bool packs,
-              const Exec& exec) {
+              index_t tasks, index_t sum_rows, index_t map_rows, bool packs, const Exec& exec) {
   constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
   constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
   require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);

@@ -20,10 +20,10 @@
 #endif
 
 // At the end of a layer's file: its four passes, for a scalar.
-#define FM_INSTANTIATE_PASSES(layer, S)                                        \
-  template void layer##_forward(const LayerArgs<S>&, const Exec&);             \
-  template void layer##_backward(const LayerArgs<S>&, const Exec&);            \
-  template void layer##_tangent_forward(const LayerArgs<S>&, const Exec&);     \
+#define FM_INSTANTIATE_PASSES(layer, S)                                    \
+  template void layer##_forward(const LayerArgs<S>&, const Exec&);         \
+  template void layer##_backward(const LayerArgs<S>&, const Exec&);        \
+  template void layer##_tangent_forward(const LayerArgs<S>&, const Exec&); \
   template void layer##_tangent_backward(const LayerArgs<S>&, const Exec&)
 
 namespace FM_CUDA {
