@@ -5,19 +5,7 @@
 
 #include "bind/module.h"
 #include "cpu/backend_cpu.h"
-
-#if defined(FM_HAVE_CUDA)
-namespace fm::cuda {
-template <class S>
-const Backend<S>& backend();
-}  // namespace fm::cuda
-#endif
-#if defined(FM_HAVE_CUDA_EMULATED)
-namespace fm::cuda_emulated {
-template <class S>
-const Backend<S>& backend();
-}  // namespace fm::cuda_emulated
-#endif
+#include "cuda/backend_cuda.h"
 
 namespace fm::bind {
 namespace {
