@@ -126,7 +126,7 @@ void shuffle_threads(std::uint64_t seed) {
   shuffle_seed = seed;
 }
 
-void fail_here(const std::string& what) { machine->fail_here(what); }
+void fail_here(const std::string& what) { fail(machine->where(), ": ", what); }
 
 void run_launch(const Launch& call) {
   read_environment();

@@ -1,5 +1,10 @@
 #include "cuda/machine.h"
 
+#if defined(FM_ADDRESS_SANITIZER)
+#include <sanitizer/asan_interface.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +15,20 @@ namespace fm::cuda_emulated {
 
 __thread Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
 
+#if defined(FM_ADDRESS_SANITIZER)
+// The sanitizer ends the process after its report, so this adds to the report.
+void report_thread(const char*) {
+  const std::string where = machine ? machine->where() : "";
+  if (where.empty()) return;
+  const std::string text = "CUDA emulation: in " + where + "\n";
+  [[maybe_unused]] const auto written = write(STDERR_FILENO, text.data(), text.size());
+}
+#endif
+
 void make_machine() {
+#if defined(FM_ADDRESS_SANITIZER)
+  __asan_set_error_report_callback(report_thread);
+#endif
   static thread_local std::unique_ptr<Machine> owner;
   if (!owner) owner = std::make_unique<Machine>();
   machine = owner.get();
@@ -233,9 +251,10 @@ void Machine::diverged(const Thread& a, const Thread& b, const char* group) {
        describe(b), "; all threads of a ", group, " must wait at the same place");
 }
 
-void Machine::fail_here(const std::string& what) {
-  fail(describe(*call_), ": block ", describe(context.block), ", thread ", current_->index, ": ",
-       what);
+std::string Machine::where() const {
+  if (!call_) return "";
+  return describe(*call_) + ": block " + describe(context.block) + ", thread " +
+         std::to_string(current_ ? current_->index : 0);
 }
 
 bool Machine::in_shared(const void* p, std::size_t bytes) const {

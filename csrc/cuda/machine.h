@@ -79,7 +79,7 @@ class Machine {
   unsigned char* slots();  // of the running warp, for what its lanes exchange next
   Thread& current() { return *current_; }
   bool in_shared(const void* p, std::size_t bytes) const;
-  [[noreturn]] void fail_here(const std::string& what);
+  std::string where() const;  // kernel, block and thread; empty if none runs
 
  private:
   void run_block(unsigned long long block);

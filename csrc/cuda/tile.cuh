@@ -120,57 +120,52 @@ inline unsigned to_bf16(float x) {
 
 inline unsigned pack_bf16(float low, float high) { return to_bf16(high) << 16 | to_bf16(low); }
 
-// Tensor cores cut tf32 operands off, they don't round. The sum here is rounded once, theirs more
-// often.
-template <int K, class A, class B>
-void mma_product(float (&d)[4], A&& a_at, B&& b_at) {
-  const unsigned g = context.thread.x % 32 / 4, t = context.thread.x % 4;
-  for (unsigned i = 0; i < 4; ++i) {
-    double sum = d[i];
-    for (unsigned k = 0; k < K; ++k) {
-      sum += double(a_at(g + i / 2 * 8, k)) * double(b_at(k, 2 * t + i % 2));
-    }
-    d[i] = float(sum);
-  }
-}
-
 struct Fragments {
   unsigned a[4], b[2];
 };
 
+// The running lane's four sums, out of all lanes' fragments. `element(word, i)` is number i of the
+// numbers in a fragment's word. Rounded once, where tensor cores round more often.
+template <int PerWord, class Element>
+void mma_product(float (&d)[4], const Fragments& mine, Element&& element, Place place) {
+  constexpr unsigned half = 4 * PerWord;  // columns of A in one word of four lanes
+  const unsigned char* all = exchange(&mine, sizeof mine, place);
+  const unsigned g = context.thread.x % 32 / 4, t = context.thread.x % 4;
+  double a[2][2 * half], b[2][2 * half];  // rows g and g + 8 of A, columns 2t and 2t + 1 of B
+  for (unsigned l = 0; l < 4; ++l) {
+    Fragments row, columns[2];
+    std::memcpy(&row, all + (4 * g + l) * kSlot, sizeof row);
+    std::memcpy(&columns[0], all + (8 * t + l) * kSlot, sizeof row);
+    std::memcpy(&columns[1], all + (8 * t + 4 + l) * kSlot, sizeof row);
+    for (unsigned i = 0; i < PerWord; ++i) {
+      for (unsigned h = 0; h < 2; ++h) {
+        const unsigned k = h * half + l * PerWord + i;
+        for (unsigned j = 0; j < 2; ++j) {
+          a[j][k] = double(element(row.a[2 * h + j], i));
+          b[j][k] = double(element(columns[j].b[h], i));
+        }
+      }
+    }
+  }
+  for (unsigned i = 0; i < 4; ++i) {
+    double sum = double(d[i]);
+    for (unsigned k = 0; k < 2 * half; ++k) sum += a[i / 2][k] * b[i % 2][k];
+    d[i] = float(sum);
+  }
+}
+
+// Tensor cores cut operands off to tf32, they don't round them.
 inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], FM_PLACE) {
-  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const unsigned char* all = exchange(&mine, sizeof mine, {"mma_tf32", file, line});
-  const auto fragments = [all](unsigned lane) {
-    return reinterpret_cast<const Fragments*>(all + lane * kSlot);
-  };
-  mma_product<8>(
-      d,
-      [&](unsigned row, unsigned k) {
-        return as_float(fragments(row % 8 * 4 + k % 4)->a[row / 8 + k / 4 * 2] & ~0x1fffu);
-      },
-      [&](unsigned k, unsigned column) {
-        return as_float(fragments(column * 4 + k % 4)->b[k / 4] & ~0x1fffu);
-      });
+  mma_product<1>(d, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}},
+                 [](unsigned word, unsigned) { return as_float(word & ~0x1fffu); },
+                 {"mma_tf32", file, line});
 }
 
 inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], FM_PLACE) {
-  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const unsigned char* all = exchange(&mine, sizeof mine, {"mma_bf16", file, line});
-  const auto fragments = [all](unsigned lane) {
-    return reinterpret_cast<const Fragments*>(all + lane * kSlot);
-  };
-  const auto half = [](unsigned pair, unsigned k) {
-    return as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
-  };
-  mma_product<16>(
-      d,
-      [&](unsigned row, unsigned k) {
-        return half(fragments(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2], k);
-      },
-      [&](unsigned k, unsigned column) {
-        return half(fragments(column * 4 + k % 8 / 2)->b[k / 8], k);
-      });
+  mma_product<2>(
+      d, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}},
+      [](unsigned word, unsigned i) { return as_float(i == 0 ? word << 16 : word & 0xffff0000u); },
+      {"mma_bf16", file, line});
 }
 
 #endif

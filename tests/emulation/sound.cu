@@ -2,9 +2,11 @@
 //
 // Covers the geometry of a launch, asynchronous copies in a pipeline, warp functions, reductions,
 // and fragments of tensor cores, which are loaded as the tables of the PTX ISA print them.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -159,7 +161,7 @@ FM_KERNEL void split_kernel(const Params p) {
 #if !defined(__CUDACC__)
 using namespace FM_CUDA;
 
-int failures = 0;
+std::atomic<int> failures{0};
 
 void check(bool good, const std::string& what) {
   if (good) return;
@@ -294,6 +296,18 @@ void splits() {
   }
 }
 
+// Several callers, each with a machine of its own.
+void callers() {
+  std::vector<std::thread> all;
+  for (int i = 0; i < 3; ++i) {
+    all.emplace_back([] {
+      reductions();
+      pipeline<16>(5, 4);
+    });
+  }
+  for (std::thread& thread : all) thread.join();
+}
+
 int main() {
   for (std::uint64_t seed : {0, 1, 2}) {
     shuffle_threads(seed);
@@ -307,6 +321,7 @@ int main() {
     reductions();
     products();
     splits();
+    callers();
   }
   return failures != 0;
 }
