@@ -51,7 +51,8 @@ struct CellSweep {
   }
 
   struct Cell {
-    index_t in, out;  // offsets of the first pixel and, of a window, of the output
+    index_t in;         // offset of the first pixel
+    index_t out, kept;  // of a window: of the output and of what is saved
     int height, width;
     bool window;
   };
@@ -66,8 +67,9 @@ struct CellSweep {
     cell.width = cell.window ? kw : min_of(kw, p.width - w * kw);
     cell.in = ((index_t(n) * p.height + h * kh) * p.width + w * kw) * p.channels +
               task * p.first_stride + c;
-    cell.out = ((index_t(n) * p.windows[0] + h) * p.windows[1] + w) * p.channels +
-               task * p.rows.out_stride + c;
+    const index_t out = ((index_t(n) * p.windows[0] + h) * p.windows[1] + w) * p.channels + c;
+    cell.out = out + task * p.rows.out_stride;
+    cell.kept = out + task * p.saved_stride;
     return cell;
   }
 
@@ -93,7 +95,7 @@ struct CellSweep {
     Pack<S, W> winner{}, carried{};  // carried: the winner's key, or its tangent
     bool found[W] = {};
     if constexpr (P == Pass::tangent_forward) {
-      if (at.window) winner = load<W>(p.winners + at.out);
+      if (at.window) winner = load<W>(p.winners + at.kept);
     }
     bool begun = false;
     pixels(at, [&](index_t i) {
@@ -119,9 +121,9 @@ struct CellSweep {
     });
     if (!at.window) return;
     if constexpr (P == Pass::forward) {
-      store(p.winners + at.out, winner);
+      store(p.winners + at.kept, winner);
     } else {
-      store(p.twinners + at.out, carried);
+      store(p.twinners + at.kept, carried);
     }
   }
 
@@ -133,7 +135,7 @@ struct CellSweep {
     FM_UNROLL
     for (int w = 0; w < W; ++w) found[w] = !at.window;
     if (at.window) {
-      winner = load<W>(p.winners + at.out);
+      winner = load<W>(p.winners + at.kept);
       const Pack<S, W> dy = load<W>(p.rows.dy + at.out);
       Pack<S, W> tdy{};
       if constexpr (P == Pass::tangent_backward) tdy = load<W>(p.rows.tdy + at.out);

@@ -34,10 +34,9 @@ FM_DEVICE S not_a_number() {
   return S(NAN);
 }
 
-// Of one sample: value and whether it is a hit (-1: its label is out of range), and tdz.
 struct SampleLoss {
   double value;
-  int hit;
+  bool hit;
 };
 
 struct SquaredError {
@@ -45,7 +44,7 @@ struct SquaredError {
   template <class S>
   static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
     const S* y = static_cast<const S*>(p.target) + n * p.outputs;
-    return {math::squared_error(z, y, p.outputs, p.scale, dz), 0};
+    return {math::squared_error(z, y, p.outputs, p.scale, dz), false};
   }
   template <class S>
   static FM_DEVICE void hessian(const LossParams<S>& p, index_t, const S*, const S* tz, S* tdz) {
@@ -56,19 +55,11 @@ struct SquaredError {
 struct CrossEntropy {
   static constexpr bool kAccuracy = true;
   template <class S>
-  static FM_DEVICE index_t label_of(const LossParams<S>& p, index_t n) {
-    return index_t(static_cast<const std::int64_t*>(p.target)[n]);
-  }
-  template <class S>
-  static FM_DEVICE bool in_range(const LossParams<S>& p, index_t label) {
-    return label >= 0 && label < p.outputs;
-  }
-  template <class S>
   static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    const index_t label = label_of(p, n);
-    if (!in_range(p, label)) {
+    const index_t label = index_t(static_cast<const std::int64_t*>(p.target)[n]);
+    if (label < 0 || label >= p.outputs) {
       for (int o = 0; dz && o < p.outputs; ++o) dz[o] = not_a_number<S>();
-      return {not_a_number<double>(), -1};
+      return {not_a_number<double>(), false};
     }
     bool correct = false;
     const double value = math::cross_entropy(z, label, p.outputs, p.scale, dz, &correct);
@@ -77,11 +68,7 @@ struct CrossEntropy {
   template <class S>
   static FM_DEVICE void hessian(const LossParams<S>& p, index_t n, const S* z, const S* tz,
                                 S* tdz) {
-    if (in_range(p, label_of(p, n))) {
-      math::cross_entropy_hessian(z, tz, p.outputs, p.scale, tdz);
-    } else {
-      for (int o = 0; o < p.outputs; ++o) tdz[o] = not_a_number<S>();
-    }
+    math::cross_entropy_hessian(z, tz, p.outputs, p.scale, tdz);
   }
 };
 
@@ -93,7 +80,7 @@ struct GaussianPolicy {
   }
   template <class S>
   static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    return {math::gaussian_policy(z, target_of(p, n), p.outputs / 2, p.scale, dz), 0};
+    return {math::gaussian_policy(z, target_of(p, n), p.outputs / 2, p.scale, dz), false};
   }
   template <class S>
   static FM_DEVICE void hessian(const LossParams<S>& p, index_t n, const S* z, const S* tz,
@@ -107,21 +94,18 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) loss_value_kernel(const LossParams
   const int task = int(blockIdx.x);
   double value = 0;
   int hits = 0;
-  bool misplaced = false;
   for (int i = int(threadIdx.x); i < p.samples; i += int(blockDim.x)) {
     const index_t n = index_t(task) * p.samples + i, row = n * p.outputs;
     const SampleLoss loss = Loss::value(p, n, p.z + row, shifted(p.dz, row));
     value += loss.value;
-    hits += loss.hit > 0;
-    misplaced |= loss.hit < 0;
+    hits += loss.hit;
   }
-  double sums[3] = {value, double(hits), misplaced ? 1.0 : 0.0};
+  double sums[2] = {value, double(hits)};
   block_sum(sums, shared_memory<double>());
   if (threadIdx.x != 0 || !p.value) return;
-  double accuracy = Loss::kAccuracy ? sums[1] / double(p.samples) : not_a_number<double>();
-  if (Loss::kAccuracy && sums[2] > 0) accuracy = -1;
   p.value[task * p.value_stride] = sums[0];
-  p.accuracy[task * p.value_stride] = accuracy;
+  p.accuracy[task * p.value_stride] =
+      Loss::kAccuracy ? sums[1] / double(p.samples) : not_a_number<double>();
 }
 
 template <class S, class Loss>
@@ -140,7 +124,7 @@ LossParams<S> params_of(const LossArgs<S>& a) {
 
 template <class Loss, class S>
 void run_value(const LossArgs<S>& a, const Exec& exec) {
-  launch((loss_value_kernel<S, Loss>), unsigned(a.tasks), kThreads, 3 * kWarp * sizeof(double),
+  launch((loss_value_kernel<S, Loss>), unsigned(a.tasks), kThreads, 2 * kWarp * sizeof(double),
          exec, params_of(a));
 }
 
