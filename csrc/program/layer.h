@@ -104,6 +104,11 @@ constexpr index_t kStatisticParts = 16;
 index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
 
+// Parts that a backend in lockstep cuts the sum of a bilinear layer's weight gradient into, which
+// are added in order: as many as let few tasks fill a GPU, each in a place of param_count elements
+// in scratch. They don't depend on the number of tasks.
+index_t gradient_parts(const LayerDesc& desc, index_t samples);
+
 enum class LossKind : int { squared_error, cross_entropy, gaussian_policy, count };
 
 template <class S>
