@@ -153,7 +153,7 @@ def vector_needs(workload: Workload, parameters: int) -> dict[str, tuple[int, Ne
         "descend": (once, 3, 2),
         "scale_by_rates": (once, 2, 1),
         "add": (once + tasks, 3, 2),
-        "scale": (tasks, 1, 0),
+        "copy": (tasks, 2, 0),
         "mean_rows": (1, tasks + 1, tasks),
     }
     return {

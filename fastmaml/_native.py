@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 NAME = "fastmaml._core"
+_CPU = torch.device("cpu")
 _ADDRESS, _IS_CONTIGUOUS, _NUMEL = Tensor.data_ptr, Tensor.is_contiguous, Tensor.numel
 
 
@@ -93,12 +94,18 @@ def _explain(path: str | None, error: Exception) -> str:
     )
 
 
-def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
+def address(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    device: torch.device = _CPU,
+) -> int:
     """Returns the memory address of a tensor the engine may read or write.
 
     Raises:
         TypeError: if the dtype differs.
-        ValueError: if the tensor is not on the CPU, not contiguous, or of another
+        ValueError: if the tensor is on another device, not contiguous, or of another
             shape.
     """
     if tensor.dtype != dtype:
@@ -110,10 +117,11 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int])
         raise ValueError(
             f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}"
         )
-    if tensor.device.type != "cpu":
+    if tensor.device != device:
+        where, move = ("the CPU", ".cpu()") if device == _CPU else (device, ".to(...)")
         raise ValueError(
-            f"{name}: expected a tensor on the CPU, got one on {tensor.device}; "
-            "move it with .cpu()"
+            f"{name}: expected a tensor on {where}, got one on {tensor.device}; "
+            f"move it with {move}"
         )
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected contiguous memory; call .contiguous()")
@@ -125,10 +133,12 @@ def own_address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def images_address(name: str, images: Tensor, dtype: torch.dtype) -> int:
+def images_address(
+    name: str, images: Tensor, dtype: torch.dtype, device: torch.device = _CPU
+) -> int:
     """As `address`, for images [..., C, H, W] that lie channels last in memory."""
     last = images.movedim(-3, -1)
-    return address(name, last, dtype, last.shape)
+    return address(name, last, dtype, last.shape, device)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:

@@ -46,6 +46,15 @@ LEDGER = {
     "float32 chain": Tolerance(
         1e-2, 3e-4, 1e-4, "up to five products in a row, each amplifying the last"
     ),
+    "split tf32 product": Tolerance(
+        1e-4, 2e-6, 4e-7, "3xTF32: factors of 21 bits, sums in float32 by 32 terms"
+    ),
+    "tf32 product": Tolerance(
+        0, 6e-3, 1e-3, "two factors of 10 bits of fraction: at most 2^-11 each"
+    ),
+    "bfloat16 product": Tolerance(
+        0, 5e-2, 8e-3, "two factors of 7 bits of fraction: at most 2^-8 each"
+    ),
     "differences": Tolerance(
         1e-6, 1e-7, 1e-7, "float64 differences: rounding over the step, 1e-16 / 1e-4"
     ),

@@ -27,6 +27,7 @@ MAY_INCLUDE = {
     "meta": {"common", "math", "program", "meta"},
     "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
+    "emulation": {"common", "math", "program", "cuda"},  # kernels of tests/emulation/
 }
 HOSTS = {"github.com", "raw.githubusercontent.com", "arxiv.org", "pytorch.org"}
 LOOPBACK = {"127.0.0.1", "localhost"}

@@ -321,7 +321,7 @@ class Guards:
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
 
-    def empty(self, *shape: Any, dtype: torch.dtype) -> Tensor:
+    def empty(self, *shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
         shape = tuple(shape[0]) if isinstance(shape[0], tuple | torch.Size) else shape
         count = math.prod(shape)
         size = count * torch.zeros(0, dtype=dtype).element_size()

@@ -133,35 +133,38 @@ class LayerBench {
       return timed(repeats, [&](index_t i) { body(i % tasks_); });
     };
     if (name == "descend") {
-      return each(
-          [&](index_t t) { v.descend(rates(t), at(t, theta_), at(t, direction_), at(t, tdw_)); });
+      return each([&](index_t t) {
+        v.descend(rates(t), 1, in(t, theta_), in(t, direction_), out(t, tdw_), {});
+      });
     }
     if (name == "scale_by_rates") {
-      return each([&](index_t t) { v.scale_by_rates(rates(t), at(t, direction_), at(t, tdw_)); });
+      return each(
+          [&](index_t t) { v.scale_by_rates(rates(t), 1, in(t, direction_), out(t, tdw_), {}); });
     }
     if (name == "add") {
-      return each([&](index_t t) { v.add(P, S(1e-6), at(t, direction_), at(t, tdw_)); });
+      return each([&](index_t t) { v.add(1, P, in(t, direction_), out(t, tdw_), {}); });
     }
-    if (name == "scale") {
-      return each([&](index_t t) { v.scale(P, S(0), at(t, direction_), at(t, tdw_)); });
+    if (name == "copy") {
+      return each([&](index_t t) { v.copy(1, P, in(t, direction_), out(t, tdw_), {}); });
     }
     if (name == "load_parameters" || name == "store_parameters") {
       const auto move = name == "load_parameters" ? v.gather : v.scatter;
       return each([&](index_t t) {
         for (const Parameter& p : program_.parameters()) {
-          move(p.count, p.index.empty() ? nullptr : p.index.data(), at(t, direction_) + p.offset,
-               at(t, tdw_) + p.offset);
+          const Move<S> one{p.count, p.index.empty() ? nullptr : p.index.data(),
+                            in(t, direction_ + p.offset), out(t, tdw_ + p.offset)};
+          move(&one, 1, 1, {});
         }
       });
     }
     if (name == "to_channels_last") {
       const Shape in = program_.input();
       return each([&](index_t t) {
-        v.to_channels_last(samples_, in.channels, in.pixels(), at(t, x_), at(t, tape_at_));
+        v.to_channels_last(samples_, in.channels, in.pixels(), at(t, x_), at(t, tape_at_), {});
       });
     }
     fail(
-        "vector operation: expected descend, scale_by_rates, add, scale, load_parameters, "
+        "vector operation: expected descend, scale_by_rates, add, copy, load_parameters, "
         "store_parameters or to_channels_last, got '",
         name, "'");
   }
@@ -172,16 +175,22 @@ class LayerBench {
     Buffer values(rows * P);
     std::memset(values.begin(), 0, rows * P * sizeof(S));
     return timed(repeats, [&](index_t) {
-      backend_.vector.mean_rows(rows, P, 0, P, values.begin(), at(0, tdw_));
+      backend_.vector.mean_rows(rows, P, 0, P, values.begin(), at(0, tdw_), {});
     });
   }
 
  private:
   index_t depth() const { return index_t(program_.layers().size()); }
   S* at(index_t t, index_t offset) const { return memory_->begin() + t * size_ + offset; }
+  Rows<const S> in(index_t t, index_t offset) const { return {at(t, offset), 0}; }
+  Rows<S> out(index_t t, index_t offset) const { return {at(t, offset), 0}; }
   S* tape(index_t t, index_t offset) const { return at(t, tape_at_ + offset); }
   S* tangent(index_t t, index_t offset) const { return at(t, tangent_at_ + offset); }
-  Exec exec(index_t t) const { return {nullptr, at(t, scratch_)}; }
+  Exec exec(index_t t) const {
+    Exec exec;
+    exec.scratch = at(t, scratch_);
+    return exec;
+  }
 
   StepRates<S> rates(index_t t) const {
     const auto& segments = program_.segments();

@@ -5,6 +5,7 @@
 // checked by fastmaml/_native.py, which is the only caller. The GIL is released while it runs.
 #include "bind/module.h"
 #include "bind/arguments.h"
+#include "bind/backends.h"
 #include "bind/bench.h"
 #include "common/error.h"
 #include "cpu/backend_cpu.h"
@@ -68,15 +69,16 @@ CallPlan execute(const Call& call, CallPlan (*plan_of)(const Call&), Run&& run,
 }
 
 template <class S>
-CallPlan call_meta_gradient(const Program& program, index_t tasks, index_t steps, bool first_order,
-                            int memory, const std::vector<double>& loss_weights,
-                            const Addresses& params, bool per_task, const RatesTuple& rate,
-                            const SamplesTuple& support, const SamplesTuple& query,
-                            const Addresses& gradients, Address rate_gradient, Address query_loss,
-                            Address query_accuracy, const WorkspacePair& workspace) {
+CallPlan call_meta_gradient(const bind::PlaceTuple& where, const Program& program, index_t tasks,
+                            index_t steps, bool first_order, int memory,
+                            const std::vector<double>& loss_weights, const Addresses& params,
+                            bool per_task, const RatesTuple& rate, const SamplesTuple& support,
+                            const SamplesTuple& query, const Addresses& gradients,
+                            Address rate_gradient, Address query_loss, Address query_accuracy,
+                            const WorkspacePair& workspace) {
   MetaCall<S> call;
   call.program = &program;
-  call.backend = &cpu::backend<S>();
+  bind::place(call, where);
   call.tasks = tasks;
   call.slots = call.backend->slots(tasks);
   call.steps = steps;
@@ -87,6 +89,7 @@ CallPlan call_meta_gradient(const Program& program, index_t tasks, index_t steps
           " weights, one after each of 0 to ", steps, " steps, got ", loss_weights.size());
   call.params = tensors<const S>(program, params, per_task);
   call.rates = rates<S>(program, rate);
+  call.rates.adapted_there = at<const std::uint8_t>(std::get<4>(where));
   call.support = samples<S>(support);
   call.query = samples<S>(query);
   call.gradients = tensors<S>(program, gradients, false);
@@ -99,18 +102,20 @@ CallPlan call_meta_gradient(const Program& program, index_t tasks, index_t steps
 }
 
 template <class S>
-CallPlan call_adapt(const Program& program, index_t tasks, index_t steps, const Addresses& params,
-                    bool per_task, const RatesTuple& rate, const SamplesTuple& support,
-                    const SamplesTuple& query, const Addresses& adapted, Address query_loss,
-                    Address query_accuracy, const WorkspacePair& workspace) {
+CallPlan call_adapt(const bind::PlaceTuple& where, const Program& program, index_t tasks,
+                    index_t steps, const Addresses& params, bool per_task, const RatesTuple& rate,
+                    const SamplesTuple& support, const SamplesTuple& query,
+                    const Addresses& adapted, Address query_loss, Address query_accuracy,
+                    const WorkspacePair& workspace) {
   AdaptCall<S> call;
   call.program = &program;
-  call.backend = &cpu::backend<S>();
+  bind::place(call, where);
   call.tasks = tasks;
   call.slots = call.backend->slots(tasks);
   call.steps = steps;
   call.params = tensors<const S>(program, params, per_task);
   call.rates = rates<S>(program, rate);
+  call.rates.adapted_there = at<const std::uint8_t>(std::get<4>(where));
   call.support = samples<S>(support);
   call.query = samples<S>(query);
   if (!adapted.empty()) call.adapted = tensors<S>(program, adapted, true);
@@ -121,13 +126,14 @@ CallPlan call_adapt(const Program& program, index_t tasks, index_t steps, const 
 }
 
 template <class S>
-CallPlan call_product(const Program& program, int product_kind, index_t tasks,
-                      const Addresses& params, bool per_task, const Addresses& vector,
-                      bool vector_per_task, const SamplesTuple& batch, Address output, Address loss,
-                      const Addresses& result, const WorkspacePair& workspace) {
+CallPlan call_product(const bind::PlaceTuple& where, const Program& program, int product_kind,
+                      index_t tasks, const Addresses& params, bool per_task,
+                      const Addresses& vector, bool vector_per_task, const SamplesTuple& batch,
+                      Address output, Address loss, Address accuracy, const Addresses& result,
+                      const WorkspacePair& workspace) {
   ProductCall<S> call;
   call.program = &program;
-  call.backend = &cpu::backend<S>();
+  bind::place(call, where);
   call.tasks = tasks;
   call.slots = call.backend->slots(tasks);
   call.product = Product(product_kind);
@@ -136,6 +142,7 @@ CallPlan call_product(const Program& program, int product_kind, index_t tasks,
   call.samples = samples<S>(batch);
   call.output = at<S>(output);
   call.loss = at<double>(loss);
+  call.accuracy = at<double>(accuracy);
   if (!result.empty()) call.result = tensors<S>(program, result, true);
   return execute(
       call, plan_product<S>, [&](void* memory, CallPlan&) { product(call, memory); }, workspace);
@@ -145,6 +152,14 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FM_VERSION;
   info["build"] = FM_BUILD_INFO;
+  info["cuda"] = FM_CUDA_BUILD;  // for people; the next one for programs
+#if defined(FM_HAVE_CUDA)
+  info["cuda_backend"] = "cuda";
+#elif defined(FM_HAVE_CUDA_EMULATED)
+  info["cuda_backend"] = "cuda_emulated";
+#else
+  info["cuda_backend"] = "none";
+#endif
   info["isas"] = cpu::usable_isas();
   info["isa"] = cpu::current_isa();
   info["threads"] = cpu::num_threads();
@@ -171,6 +186,11 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&make_program))
       .def_property_readonly("outputs", [](const Program& p) { return p.output().size(); })
       .def_property_readonly("target_size", &Program::target_size)
+      .def("tables",
+           [](const Program& p) {
+             const std::vector<char> bytes = p.tables();
+             return py::bytes(bytes.data(), bytes.size());
+           })
       .def_property_readonly("layers", &Program::names)
       .def_property_readonly("parameters", [](const Program& p) {
         std::vector<std::pair<std::string, index_t>> list;
@@ -187,6 +207,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("loss", &CallPlan::loss);
   define_calls<float>(m, "float32");
   define_calls<double>(m, "float64");
+  bind::define_backends(m);
   bind::define_prepared(m);
   bind::define_optimizers(m);
   bind::define_sampling(m);

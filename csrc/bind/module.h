@@ -9,6 +9,8 @@ namespace fm::bind {
 void define_prepared(pybind11::module_& m);
 // Steps of outer optimizers over a list of parameters.
 void define_optimizers(pybind11::module_& m);
+// What was built.
+void define_backends(pybind11::module_& m);
 // Batches of tasks.
 void define_sampling(pybind11::module_& m);
 // Notices changes of objects that prepared calls rely on.

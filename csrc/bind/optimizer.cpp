@@ -1,7 +1,7 @@
 // Steps of outer optimizers: the addresses of a group's tensors are kept, one call updates all.
 #include "bind/arguments.h"
+#include "bind/backends.h"
 #include "bind/module.h"
-#include "cpu/backend_cpu.h"
 
 namespace fm::bind {
 namespace {
@@ -17,39 +17,48 @@ std::vector<S*> pointers(const char* name, const Addresses& addresses, size_t ex
   return list;
 }
 
+// Where a step runs: (backend, stream, learning rate in backend memory or 0).
+using StepPlace = std::tuple<int, Address, Address>;
+
+Exec exec_of(const StepPlace& where) {
+  Exec exec;
+  exec.context = at<const void>(std::get<1>(where));
+  return exec;
+}
+
+template <class S>
+const OptimizerOps<S>& ops_of(const StepPlace& where) {
+  return backend<S>(BackendKind(std::get<0>(where))).optimizer;
+}
+
 template <class S>
 class Adam {
  public:
   // `steps` are counters in float32, as torch keeps them; `largest` is empty without amsgrad.
   Adam(const Counts& counts, const Addresses& params, const Addresses& gradients,
        const Addresses& means, const Addresses& squares, const Addresses& largest,
-       const Addresses& steps)
-      : counts_(counts),
-        params_(pointers<S>("params", params, counts.size())),
-        gradients_(pointers<S>("gradients", gradients, counts.size())),
-        means_(pointers<S>("exp_avg", means, counts.size())),
-        squares_(pointers<S>("exp_avg_sq", squares, counts.size())),
-        largest_(pointers<S>("max_exp_avg_sq", largest, largest.empty() ? 0 : counts.size())),
-        steps_(pointers<float>("step", steps, counts.size())) {}
-
-  void step(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-            bool maximize) {
-    py::gil_scoped_release release;
-    const math::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
-    const OptimizerOps<S>& ops = cpu::backend<S>().optimizer;
-    math::AdamRule<S> rule{};
-    for (size_t i = 0; i < counts_.size(); ++i) {
-      const float t = *steps_[i] += 1;
-      if (i == 0 || t != *steps_[i - 1]) rule = math::adam_rule<S>(options, double(t));
-      ops.adam(rule, counts_[i], gradients_[i], params_[i], means_[i], squares_[i],
-               largest_.empty() ? nullptr : largest_[i]);
+       const Addresses& steps) {
+    const size_t n = counts.size();
+    const auto p = pointers<S>("params", params, n), g = pointers<S>("gradients", gradients, n),
+               m = pointers<S>("exp_avg", means, n), v = pointers<S>("exp_avg_sq", squares, n),
+               top = pointers<S>("max_exp_avg_sq", largest, largest.empty() ? 0 : n);
+    const auto t = pointers<float>("step", steps, n);
+    for (size_t i = 0; i < n; ++i) {
+      tensors_.push_back(
+          {counts[i], g[i], p[i], m[i], v[i], largest.empty() ? nullptr : top[i], t[i]});
     }
   }
 
+  void step(const StepPlace& where, double lr, double beta1, double beta2, double eps,
+            double weight_decay, bool decoupled, bool maximize) {
+    py::gil_scoped_release release;
+    const math::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
+    ops_of<S>(where).adam(options, at<const double>(std::get<2>(where)), tensors_.data(),
+                          index_t(tensors_.size()), exec_of(where));
+  }
+
  private:
-  Counts counts_;
-  std::vector<S*> params_, gradients_, means_, squares_, largest_;
-  std::vector<float*> steps_;
+  std::vector<AdamTensor<S>> tensors_;
 };
 
 template <class S>
@@ -57,36 +66,30 @@ class Sgd {
  public:
   // `buffers` is empty without momentum; those of `first` hold nothing yet.
   Sgd(const Counts& counts, const Addresses& params, const Addresses& gradients,
-      const Addresses& buffers, const std::vector<std::uint8_t>& first)
-      : counts_(counts),
-        params_(pointers<S>("params", params, counts.size())),
-        gradients_(pointers<S>("gradients", gradients, counts.size())),
-        buffers_(pointers<S>("momentum_buffer", buffers, buffers.empty() ? 0 : counts.size())),
-        first_(first) {
+      const Addresses& buffers, const std::vector<std::uint8_t>& first) {
+    const size_t n = counts.size();
+    const auto p = pointers<S>("params", params, n), g = pointers<S>("gradients", gradients, n),
+               b = pointers<S>("momentum_buffer", buffers, buffers.empty() ? 0 : n);
     require(first.size() == buffers.size(), "first: expected ", buffers.size(), " flags, got ",
             first.size());
-  }
-
-  void step(double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-            bool maximize) {
-    py::gil_scoped_release release;
-    const OptimizerOps<S>& ops = cpu::backend<S>().optimizer;
-    math::SgdRule<S> rule{S(maximize ? -1 : 1), S(weight_decay), S(lr), S(momentum),
-                          S(1 - dampening),     nesterov,        false};
-    for (size_t i = 0; i < counts_.size(); ++i) {
-      if (!buffers_.empty()) {
-        rule.first = first_[i];
-        first_[i] = 0;
-      }
-      ops.sgd(rule, counts_[i], gradients_[i], params_[i],
-              buffers_.empty() ? nullptr : buffers_[i]);
+    for (size_t i = 0; i < n; ++i) {
+      tensors_.push_back({counts[i], g[i], p[i], buffers.empty() ? nullptr : b[i],
+                          !buffers.empty() && first[i] != 0});
     }
   }
 
+  void step(const StepPlace& where, double lr, double momentum, double dampening,
+            double weight_decay, bool nesterov, bool maximize) {
+    py::gil_scoped_release release;
+    const math::SgdRule<S> rule{S(maximize ? -1 : 1), S(weight_decay), S(lr), S(momentum),
+                                S(1 - dampening),     nesterov,        false};
+    ops_of<S>(where).sgd(rule, at<const double>(std::get<2>(where)), tensors_.data(),
+                         index_t(tensors_.size()), exec_of(where));
+    for (SgdTensor<S>& t : tensors_) t.first = false;
+  }
+
  private:
-  Counts counts_;
-  std::vector<S*> params_, gradients_, buffers_;
-  std::vector<std::uint8_t> first_;
+  std::vector<SgdTensor<S>> tensors_;
 };
 
 template <class S>

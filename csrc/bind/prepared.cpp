@@ -3,8 +3,8 @@
 #include <array>
 
 #include "bind/arguments.h"
+#include "bind/backends.h"
 #include "bind/module.h"
-#include "cpu/backend_cpu.h"
 
 namespace fm::bind {
 namespace {
@@ -12,11 +12,14 @@ namespace {
 template <class S>
 class Prepared {
  public:
-  Prepared(const Program& program, index_t tasks, index_t steps, bool first_order, int memory,
-           const std::vector<double>& loss_weights, index_t support, index_t query, int rate_layout,
-           index_t rate_rows, const std::vector<std::uint8_t>& adapted) {
+  Prepared(const PlaceTuple& where, const Program& program, index_t tasks, index_t steps,
+           bool first_order, int memory, const std::vector<double>& loss_weights, index_t support,
+           index_t query, int rate_layout, index_t rate_rows,
+           const std::vector<std::uint8_t>& adapted) {
     require(index_t(loss_weights.size()) == steps + 1, "loss_weights: expected ", steps + 1,
             " weights, one after each of 0 to ", steps, " steps, got ", loss_weights.size());
+    place(call_, where);
+    kind_ = BackendKind(std::get<0>(where));
     call_.program = &program;
     call_.tasks = tasks;
     call_.steps = steps;
@@ -24,6 +27,7 @@ class Prepared {
     call_.memory = Memory(memory);
     call_.loss_weights = loss_weights;
     call_.rates = rates<S>(program, {0, rate_layout, rate_rows, adapted});
+    call_.rates.adapted_there = at<const std::uint8_t>(std::get<4>(where));
     call_.support.count = support;
     call_.query.count = query;
   }
@@ -51,8 +55,7 @@ class Prepared {
         PyByteArray_FromStringAndSize(nullptr, Py_ssize_t(2 * rows * row * sizeof(double))));
     if (!metrics) throw py::error_already_set();
     double* values = reinterpret_cast<double*>(PyByteArray_AS_STRING(metrics.ptr()));
-    require(!call_.params.tensors.empty() && call_.rates.values && !call_.gradients.tensors.empty(),
-            "prepared call: parameters, rates and gradients come first");
+    check();
     double accuracy = 0;
     bool enough = false;
     {
@@ -60,13 +63,7 @@ class Prepared {
       plan(support_last, query_last);
       enough = plan_.bytes <= bytes;
       if (enough) {
-        call_.support.x = at<const S>(places[0]);
-        call_.support.y = at<const void>(places[1]);
-        call_.query.x = at<const S>(places[2]);
-        call_.query.y = at<const void>(places[3]);
-        call_.query_loss = values;
-        call_.query_accuracy = values + rows * row;
-        plan_.loss = meta_gradient(call_, at<void>(workspace));
+        start({places[0], places[1], places[2], places[3]}, values, workspace);
         *at<S>(places[4]) = S(plan_.loss);
         for (index_t t = 0; t < rows; ++t) accuracy += call_.query_accuracy[t * row + call_.steps];
       }
@@ -75,12 +72,41 @@ class Prepared {
     return py::make_tuple(plan_.loss, accuracy / double(rows), std::move(metrics));
   }
 
+  // For memory that is not the host's: as `run`, but the metrics, double [2, T, K + 1] and NaN
+  // where a weight is zero, are at an address there, nothing is read and nobody waits. False if the
+  // workspace is too small.
+  bool launch(const std::array<Address, 4>& places, bool support_last, bool query_last,
+              Address workspace, index_t bytes, Address stream, Address metrics) {
+    check();
+    py::gil_scoped_release release;
+    plan(support_last, query_last);
+    if (plan_.bytes > bytes) return false;
+    call_.exec.context = at<const void>(stream);
+    start(places, at<double>(metrics), workspace);
+    return true;
+  }
+
   CallPlan plan() const { return plan_; }
 
  private:
+  void check() const {
+    require(!call_.params.tensors.empty() && call_.rates.values && !call_.gradients.tensors.empty(),
+            "prepared call: parameters, rates and gradients come first");
+  }
+
+  void start(const std::array<Address, 4>& places, double* metrics, Address workspace) {
+    call_.support.x = at<const S>(places[0]);
+    call_.support.y = at<const void>(places[1]);
+    call_.query.x = at<const S>(places[2]);
+    call_.query.y = at<const void>(places[3]);
+    call_.query_loss = metrics;
+    call_.query_accuracy = metrics + call_.tasks * (call_.steps + 1);
+    plan_.loss = meta_gradient(call_, at<void>(workspace));
+  }
+
   // Plans anew after a change of threads, kernels or memory format.
   void plan(bool support_last, bool query_last) {
-    const Backend<S>* backend = &cpu::backend<S>();
+    const Backend<S>* backend = &bind::backend<S>(kind_);
     const index_t slots = backend->slots(call_.tasks);
     if (planned_ && backend == call_.backend && slots == call_.slots &&
         support_last == call_.support.channels_last && query_last == call_.query.channels_last) {
@@ -96,6 +122,7 @@ class Prepared {
 
   MetaCall<S> call_;
   CallPlan plan_;
+  BackendKind kind_ = BackendKind::cpu;
   bool planned_ = false;
 };
 
@@ -103,13 +130,15 @@ template <class S>
 void define(py::module_& m, const char* name) {
   using P = Prepared<S>;
   py::class_<P>(m, name)
-      .def(py::init<const Program&, index_t, index_t, bool, int, const std::vector<double>&,
-                    index_t, index_t, int, index_t, const std::vector<std::uint8_t>&>(),
-           py::keep_alive<1, 2>())
+      .def(py::init<const PlaceTuple&, const Program&, index_t, index_t, bool, int,
+                    const std::vector<double>&, index_t, index_t, int, index_t,
+                    const std::vector<std::uint8_t>&>(),
+           py::keep_alive<1, 3>())
       .def("set_parameters", &P::set_parameters)
       .def("set_rates", &P::set_rates)
       .def("set_gradients", &P::set_gradients)
       .def("run", &P::run)
+      .def("launch", &P::launch)
       .def_property_readonly("plan", [](const P& p) { return p.plan(); });
 }
 

@@ -6,12 +6,14 @@
 
 #include "common/error.h"
 
-#define FM_DECLARE(isa)                   \
-  namespace fm::cpu::isa##_f32 {          \
-    const fm::Backend<float>& backend();  \
-  }                                       \
-  namespace fm::cpu::isa##_f64 {          \
-    const fm::Backend<double>& backend(); \
+#define FM_DECLARE(isa)                            \
+  namespace fm::cpu::isa##_f32 {                   \
+    const fm::Backend<float>& backend();           \
+    const fm::Backend<float>& lockstep_backend();  \
+  }                                                \
+  namespace fm::cpu::isa##_f64 {                   \
+    const fm::Backend<double>& backend();          \
+    const fm::Backend<double>& lockstep_backend(); \
   }
 
 FM_DECLARE(baseline)
@@ -28,22 +30,24 @@ namespace {
 struct Isa {
   const char* name;
   bool runs;
-  const Backend<float>& (*f32)();
-  const Backend<double>& (*f64)();
+  const Backend<float>& (*f32)(), &(*lockstep_f32)();
+  const Backend<double>& (*f64)(), &(*lockstep_f64)();
 };
 
 const std::vector<Isa>& built() {
   static const std::vector<Isa> isas = {
-      {"baseline", true, baseline_f32::backend, baseline_f64::backend},
+      {"baseline", true, baseline_f32::backend, baseline_f32::lockstep_backend,
+       baseline_f64::backend, baseline_f64::lockstep_backend},
 #if defined(FM_HAVE_AVX2)
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2_f32::backend,
-       avx2_f64::backend},
+       avx2_f32::lockstep_backend, avx2_f64::backend, avx2_f64::lockstep_backend},
 #endif
 #if defined(FM_HAVE_AVX512)
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"),
-       avx512_f32::backend, avx512_f64::backend},
+       avx512_f32::backend, avx512_f32::lockstep_backend, avx512_f64::backend,
+       avx512_f64::lockstep_backend},
 #endif
   };
   return isas;
@@ -92,6 +96,16 @@ const Backend<float>& backend<float>() {
 template <>
 const Backend<double>& backend<double>() {
   return current().f64();
+}
+
+template <>
+const Backend<float>& lockstep_backend<float>() {
+  return current().lockstep_f32();
+}
+
+template <>
+const Backend<double>& lockstep_backend<double>() {
+  return current().lockstep_f64();
 }
 
 }  // namespace fm::cpu

@@ -17,4 +17,8 @@ void use_isa(const std::string& name);
 template <class S>
 const Backend<S>& backend();
 
+// The same kernels in lockstep, as a GPU runs: for tests of the driver.
+template <class S>
+const Backend<S>& lockstep_backend();
+
 }  // namespace fm::cpu

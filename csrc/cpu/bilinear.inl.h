@@ -137,15 +137,19 @@ inline void single_output_forward(const LayerArgs<S>& a, const Operands& operand
   }
 }
 
+// The scale of an update, times its rate where there is one.
+FM_INLINE S scale_of(S scale, const S* rate) { return rate ? scale * *rate : scale; }
+
 inline void single_output_gradient(const LayerArgs<S>& a, const Operands& operands, S* dw) {
   const index_t in = a.desc->in.channels, rows = dense_rows_of(a);
+  const S scale = scale_of(a.weight_scale, a.weight_rate);
   for_columns(in, [&](auto lanes, index_t i) {
     V sum{};
     for (int pair = 0; pair < operands.count; ++pair) {
       const S *x = operands.pair[pair].src + i, *dy = operands.pair[pair].other;
       for (index_t n = 0; n < rows; ++n) sum += lanes.get(x + n * in) * splat(dy[n]);
     }
-    const V scaled = a.weight_scale * sum;
+    const V scaled = scale * sum;
     lanes.put(dw + i, a.dw_base ? lanes.get(a.dw_base + i) + scaled : scaled);
   });
 }
@@ -203,7 +207,8 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
   const index_t in = d.in.channels, out = d.out.channels;
   if (d.has_bias) {
     sum_rows(bias_source, a.samples * d.out.pixels(), out,
-             a.dw_base ? a.dw_base + d.bias_offset : nullptr, a.bias_scale, dw + d.bias_offset);
+             a.dw_base ? a.dw_base + d.bias_offset : nullptr, scale_of(a.bias_scale, a.bias_rate),
+             dw + d.bias_offset);
   }
   if (has_single_output(d)) return single_output_gradient(a, operands, dw);
   if (!d.dense()) {
@@ -212,7 +217,7 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
   }
   DenseProduct p{in, out, dense_rows_of(a), operands, 1, in, dw, {}};
   p.epilogue.base = a.dw_base;
-  p.epilogue.scale = a.weight_scale;
+  p.epilogue.scale = scale_of(a.weight_scale, a.weight_rate);
   dense_gradient(p, exec);
 }
 

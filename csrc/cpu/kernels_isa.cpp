@@ -51,6 +51,20 @@ void each_task(const LayerArgs<S>& args, const Exec& exec) {
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t), exec);
 }
 
+template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
+void each_task(const LossArgs<S>& args, const Exec& exec) {
+  const index_t target = Kind == LossKind::cross_entropy     ? index_t(sizeof(std::int64_t))
+                         : Kind == LossKind::gaussian_policy ? (args.outputs / 2 + 1) * sizeof(S)
+                                                             : args.outputs * sizeof(S);
+  for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t, target), exec);
+}
+
+template <LossKind Kind, void (*Value)(const LossArgs<S>&, const Exec&),
+          void (*Hessian)(const LossArgs<S>&, const Exec&)>
+constexpr LossOps<S> loss_ops() {
+  return {each_task<Kind, Value>, each_task<Kind, Hessian>};
+}
+
 template <void (*Forward)(const LayerArgs<S>&, const Exec&),
           void (*Backward)(const LayerArgs<S>&, const Exec&),
           void (*TangentForward)(const LayerArgs<S>&, const Exec&),
@@ -67,8 +81,8 @@ constexpr LayerOps<S> activation_ops() {
 }
 
 // In the order of LayerKind and LossKind.
-const Backend<S>& backend() {
-  static const Backend<S> table = {
+constexpr Backend<S> table() {
+  return {
       "cpu",
       {ops<bilinear_forward, bilinear_backward, bilinear_tangent_forward,
            bilinear_tangent_backward>(),
@@ -87,16 +101,39 @@ const Backend<S>& backend() {
        ops<average_pool_forward, average_pool_backward, average_pool_tangent_forward,
            average_pool_tangent_backward>(),
        ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
-      {{squared_error_value, squared_error_hessian},
-       {cross_entropy_value, cross_entropy_hessian},
-       {gaussian_policy_value, gaussian_policy_hessian}},
-      {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows,
-       gather, scatter, to_channels_last},
+      {loss_ops<LossKind::squared_error, squared_error_value, squared_error_hessian>(),
+       loss_ops<LossKind::cross_entropy, cross_entropy_value, cross_entropy_hessian>(),
+       loss_ops<LossKind::gaussian_policy, gaussian_policy_value, gaussian_policy_hessian>()},
+      {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
+       gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},
+      false,
+      true,
+      false,
       task_slots,
       for_each_task,
       for_each_range};
-  return table;
+}
+
+const Backend<S>& backend() {
+  static const Backend<S> cpu = table();
+  return cpu;
+}
+
+// The same kernels, given all tasks at once, as a GPU is, by a driver that doesn't look into their
+// memory: for tests of that.
+const Backend<S>& lockstep_backend() {
+  static const Backend<S> cpu = [] {
+    Backend<S> t = table();
+    t.name = "cpu_lockstep";
+    t.lockstep = true;
+    t.host_memory = false;
+    t.slots = one_slot;
+    t.for_each_task = all_tasks;
+    t.for_each_range = whole_range;
+    return t;
+  }();
+  return cpu;
 }
 
 }  // namespace FM_KERNELS

@@ -3,6 +3,12 @@
 
 namespace FM_KERNELS {
 
+FM_INLINE void put_metrics(const LossArgs<S>& a, double value, double accuracy) {
+  if (!a.value) return;
+  *a.value = value;
+  *a.accuracy = accuracy;
+}
+
 inline void squared_error_value(const LossArgs<S>& a, const Exec&) {
   const S* y = static_cast<const S*>(a.target);
   double value = 0;
@@ -11,8 +17,7 @@ inline void squared_error_value(const LossArgs<S>& a, const Exec&) {
     value +=
         math::squared_error(a.z + row, y + row, a.outputs, a.scale, a.dz ? a.dz + row : nullptr);
   }
-  *a.value = value;
-  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+  put_metrics(a, value, std::numeric_limits<double>::quiet_NaN());
 }
 
 inline void squared_error_hessian(const LossArgs<S>& a, const Exec&) {
@@ -26,12 +31,16 @@ inline void cross_entropy_value(const LossArgs<S>& a, const Exec&) {
   for (index_t n = 0; n < a.samples; ++n) {
     const index_t row = n * a.outputs;
     bool correct = false;
+    if (labels[n] < 0 || labels[n] >= a.outputs) {  // where nobody could look at the door
+      value = std::numeric_limits<double>::quiet_NaN();
+      for (index_t o = 0; a.dz && o < a.outputs; ++o) a.dz[row + o] = S(value);
+      continue;
+    }
     value += math::cross_entropy(a.z + row, labels[n], a.outputs, a.scale,
                                  a.dz ? a.dz + row : nullptr, &correct);
     hits += correct;
   }
-  *a.value = value;
-  *a.accuracy = double(hits) / double(a.samples);
+  put_metrics(a, value, double(hits) / double(a.samples));
 }
 
 inline void cross_entropy_hessian(const LossArgs<S>& a, const Exec&) {
@@ -49,8 +58,7 @@ inline void gaussian_policy_value(const LossArgs<S>& a, const Exec&) {
     value += math::gaussian_policy(a.z + n * a.outputs, target + n * (actions + 1), actions,
                                    a.scale, a.dz ? a.dz + n * a.outputs : nullptr);
   }
-  *a.value = value;
-  *a.accuracy = std::numeric_limits<double>::quiet_NaN();
+  put_metrics(a, value, std::numeric_limits<double>::quiet_NaN());
 }
 
 inline void gaussian_policy_hessian(const LossArgs<S>& a, const Exec&) {

@@ -23,13 +23,27 @@ FM_INLINE void adam_loop(const math::AdamRule<S>& rule, index_t n, const S* FM_R
   }
 }
 
-inline void adam(const math::AdamRule<S>& r, index_t n, const S* g, S* p, S* m, S* v, S* largest) {
+inline void adam_tensor(const math::AdamRule<S>& r, index_t n, const S* g, S* p, S* m, S* v,
+                        S* largest) {
   if (r.decay != S(0)) {
     largest ? adam_loop<true, true>(r, n, g, p, m, v, largest)
             : adam_loop<true, false>(r, n, g, p, m, v, largest);
   } else {
     largest ? adam_loop<false, true>(r, n, g, p, m, v, largest)
             : adam_loop<false, false>(r, n, g, p, m, v, largest);
+  }
+}
+
+inline void adam(const math::AdamOptions& given, const double* lr, const AdamTensor<S>* tensors,
+                 index_t count, const Exec&) {
+  math::AdamOptions options = given;
+  if (lr) options.lr = *lr;
+  math::AdamRule<S> rule{};
+  for (index_t i = 0; i < count; ++i) {
+    const AdamTensor<S>& t = tensors[i];
+    const float step = *t.step += 1;
+    if (i == 0 || step != *tensors[i - 1].step) rule = math::adam_rule<S>(options, double(step));
+    adam_tensor(rule, t.n, t.g, t.p, t.m, t.v, t.largest);
   }
 }
 
@@ -47,11 +61,22 @@ FM_INLINE void sgd_loop(const math::SgdRule<S>& rule, index_t n, const S* FM_RES
   }
 }
 
-inline void sgd(const math::SgdRule<S>& r, index_t n, const S* g, S* p, S* buffer) {
+inline void sgd_tensor(const math::SgdRule<S>& r, index_t n, const S* g, S* p, S* buffer) {
   if (r.decay != S(0)) {
     buffer ? sgd_loop<true, true>(r, n, g, p, buffer) : sgd_loop<true, false>(r, n, g, p, buffer);
   } else {
     buffer ? sgd_loop<false, true>(r, n, g, p, buffer) : sgd_loop<false, false>(r, n, g, p, buffer);
+  }
+}
+
+inline void sgd(const math::SgdRule<S>& given, const double* lr, const SgdTensor<S>* tensors,
+                index_t count, const Exec&) {
+  math::SgdRule<S> rule = given;
+  if (lr) rule.lr = S(*lr);
+  for (index_t i = 0; i < count; ++i) {
+    const SgdTensor<S>& t = tensors[i];
+    rule.first = t.first;
+    sgd_tensor(rule, t.n, t.g, t.p, t.buffer);
   }
 }
 

@@ -6,7 +6,7 @@ namespace fm::cpu {
 namespace {
 
 struct TaskLoop {
-  void (*body)(void*, index_t, index_t, const Exec&);
+  TaskBody body;
   void* state;
 };
 
@@ -16,14 +16,15 @@ index_t task_slots(index_t tasks) { return min_of<index_t>(tasks, num_threads())
 
 // Slots were counted when the call was planned; the number of threads may have changed since, but
 // never do more threads than slots take tasks.
-void for_each_task(index_t tasks, index_t slots, void (*body)(void*, index_t, index_t, const Exec&),
-                   void* state) {
+void for_each_task(index_t tasks, index_t slots, const Exec&, TaskBody body, void* state) {
   TaskLoop loop{body, state};
   run_parts(
       tasks, int(slots),
       [](void* l, int thread, index_t task) {
         const TaskLoop& loop = *static_cast<const TaskLoop*>(l);
-        loop.body(loop.state, thread, task, Exec{team_of(thread), nullptr});
+        Exec exec;
+        exec.context = team_of(thread);
+        loop.body(loop.state, thread, task, 1, exec);
       },
       &loop);
 }
@@ -47,6 +48,28 @@ void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index
         loop.body(loop.state, begin, min_of(loop.n, begin + loop.grain));
       },
       &loop);
+}
+
+index_t one_slot(index_t) { return 1; }
+
+// A call of the pool all the same, for what it does to denormals.
+void all_tasks(index_t tasks, index_t, const Exec&, TaskBody body, void* state) {
+  struct All {
+    TaskBody body;
+    void* state;
+    index_t tasks;
+  } all{body, state, tasks};
+  run_parts(
+      1, 1,
+      [](void* a, int, index_t) {
+        const All& all = *static_cast<const All*>(a);
+        all.body(all.state, 0, 0, all.tasks, Exec{});
+      },
+      &all);
+}
+
+void whole_range(index_t n, index_t, void (*body)(void*, index_t, index_t), void* state) {
+  if (n > 0) body(state, 0, n);
 }
 
 }  // namespace fm::cpu

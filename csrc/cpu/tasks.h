@@ -7,8 +7,14 @@
 namespace fm::cpu {
 
 index_t task_slots(index_t tasks);
-void for_each_task(index_t tasks, index_t slots, void (*body)(void*, index_t, index_t, const Exec&),
-                   void* state);
+using TaskBody = void (*)(void* state, index_t slot, index_t first, index_t count, const Exec&);
+void for_each_task(index_t tasks, index_t slots, const Exec& exec, TaskBody body, void* state);
+
+// In lockstep, for tests of that: all tasks in one slot, on this thread.
+index_t one_slot(index_t tasks);
+void all_tasks(index_t tasks, index_t slots, const Exec& exec, TaskBody body, void* state);
+void whole_range(index_t n, index_t grain, void (*body)(void*, index_t, index_t), void* state);
+
 void for_each_range(index_t n, index_t grain, void (*body)(void*, index_t, index_t), void* state);
 
 template <class P>
@@ -36,7 +42,24 @@ FM_INLINE LayerArgs<S> task_args(const LayerArgs<S>& args, index_t t) {
   one.tw = advance(args.tw, t * args.tw_stride);
   one.dw = advance(args.dw, t * args.dw_stride);
   one.tdw = advance(args.tdw, t * args.dw_stride);
+  one.dw_base = advance(args.dw_base, t * args.dw_base_stride);
   one.saved = advance(args.saved, t * saved_count(*args.desc, args.samples));
+  return one;
+}
+
+template <class S>
+FM_INLINE LossArgs<S> task_args(const LossArgs<S>& args, index_t t, index_t target_bytes) {
+  if (args.tasks == 1) return args;
+  const index_t out = t * args.samples * args.outputs;
+  LossArgs<S> one = args;
+  one.tasks = 1;
+  one.z = advance(args.z, out);
+  one.tz = advance(args.tz, out);
+  one.dz = advance(args.dz, out);
+  one.tdz = advance(args.tdz, out);
+  one.target = static_cast<const char*>(args.target) + t * args.samples * target_bytes;
+  one.value = advance(args.value, t * args.value_stride);
+  one.accuracy = advance(args.accuracy, t * args.value_stride);
   return one;
 }
 

@@ -17,47 +17,89 @@ FM_INLINE void for_rates(const StepRates<S>& rates, Body&& body) {
   }
 }
 
-inline void descend(const StepRates<S>& rates, const S* theta, const S* g, S* out) {
-  for_rates(rates, [=](index_t begin, index_t end, auto rate) {
-    for (index_t i = begin; i < end; ++i) out[i] = theta[i] - rate(i) * g[i];
+// body(t) for all tasks
+template <class Body>
+FM_INLINE void for_tasks(index_t tasks, Body&& body) {
+  for (index_t t = 0; t < tasks; ++t) body(t);
+}
+
+inline void descend(const StepRates<S>& rates, index_t tasks, Rows<const S> theta, Rows<const S> g,
+                    Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    const S *t = theta.of(task), *slope = g.of(task);
+    S* o = out.of(task);
+    for_rates(rates, [=](index_t begin, index_t end, auto rate) {
+      for (index_t i = begin; i < end; ++i) o[i] = t[i] - rate(i) * slope[i];
+    });
   });
 }
 
-inline void scale_by_rates(const StepRates<S>& rates, const S* v, S* out) {
-  for_rates(rates, [=](index_t begin, index_t end, auto rate) {
-    for (index_t i = begin; i < end; ++i) out[i] = rate(i) * v[i];
+inline void scale_by_rates(const StepRates<S>& rates, index_t tasks, Rows<const S> v, Rows<S> out,
+                           const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    const S* x = v.of(task);
+    S* o = out.of(task);
+    for_rates(rates, [=](index_t begin, index_t end, auto rate) {
+      for (index_t i = begin; i < end; ++i) o[i] = rate(i) * x[i];
+    });
   });
 }
 
-inline void segment_dots(const StepRates<S>& rates, const S* g, const S* v, S* out) {
-  for (index_t s = 0; s < rates.segment_count; ++s) {
-    const index_t begin = rates.segments[s].offset, end = begin + rates.segments[s].count;
-    double sum = 0;
-    for (index_t i = begin; i < end; ++i) sum += double(g[i]) * double(v[i]);
-    out[s] = S(-sum);
-  }
+inline void segment_dots(const StepRates<S>& rates, index_t tasks, Rows<const S> g, Rows<const S> v,
+                         Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    const S *a = g.of(task), *b = v.of(task);
+    for (index_t s = 0; s < rates.segment_count; ++s) {
+      const index_t begin = rates.segments[s].offset, end = begin + rates.segments[s].count;
+      double sum = 0;
+      for (index_t i = begin; i < end; ++i) sum += double(a[i]) * double(b[i]);
+      out.of(task)[s] = S(-sum);
+    }
+  });
 }
 
-inline void negative_product(index_t n, const S* g, const S* v, S* out) {
-  for (index_t i = 0; i < n; ++i) out[i] = -g[i] * v[i];
+inline void negative_product(index_t tasks, index_t n, Rows<const S> g, Rows<const S> v,
+                             Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    const S *a = g.of(task), *b = v.of(task);
+    S* o = out.of(task);
+    for (index_t i = 0; i < n; ++i) o[i] = -a[i] * b[i];
+  });
 }
 
-inline void update(index_t n, const S* base, S alpha, const S* v, S* out) {
-  for (index_t i = 0; i < n; ++i) out[i] = (base ? base[i] : S(0)) + alpha * v[i];
+inline void update(index_t tasks, index_t n, Rows<const S> base, S alpha, const S* rate,
+                   Rows<const S> v, Rows<S> out, const Exec&) {
+  const S scale = scale_of(alpha, rate);
+  for_tasks(tasks, [&](index_t task) {
+    const S *b = base.data ? base.of(task) : nullptr, *x = v.of(task);
+    S* o = out.of(task);
+    for (index_t i = 0; i < n; ++i) o[i] = (b ? b[i] : S(0)) + scale * x[i];
+  });
 }
 
-inline void scale(index_t n, S alpha, const S* v, S* out) {
-  for (index_t i = 0; i < n; ++i) out[i] = alpha * v[i];
+inline void fill(index_t tasks, index_t n, S value, Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    S* o = out.of(task);
+    for (index_t i = 0; i < n; ++i) o[i] = value;
+  });
 }
 
-inline void add(index_t n, S alpha, const S* v, S* out) {
-  for (index_t i = 0; i < n; ++i) out[i] += alpha * v[i];
+inline void copy(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) { std::memcpy(out.of(task), v.of(task), n * sizeof(S)); });
+}
+
+inline void add(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&) {
+  for_tasks(tasks, [&](index_t task) {
+    const S* x = v.of(task);
+    S* o = out.of(task);
+    for (index_t i = 0; i < n; ++i) o[i] += x[i];
+  });
 }
 
 // Columns [begin, end) of the mean over rows: a block of columns at a time, rows in ascending
 // order.
-inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values,
-                      S* out) {
+inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
+                      const Exec&) {
   constexpr index_t kBlock = 512;
   double sum[kBlock];
   for (index_t c = begin; c < end; c += kBlock) {
@@ -71,29 +113,64 @@ inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const
   }
 }
 
-inline void gather(index_t n, const std::int32_t* index, const S* src, S* dst) {
-  if (!index) {
-    std::memcpy(dst, src, n * sizeof(S));
-    return;
+// Calls body(n, index, src, dst) for every tensor of every task.
+template <class Body>
+FM_INLINE void for_moves(const Move<S>* moves, index_t count, index_t tasks, Body&& body) {
+  for (index_t m = 0; m < count; ++m) {
+    for (index_t t = 0; t < tasks; ++t) {
+      const S* src = moves[m].src.of(t);
+      S* dst = moves[m].dst.of(t);
+      if (moves[m].index) {
+        body(moves[m].n, moves[m].index, src, dst);
+      } else {
+        std::memcpy(dst, src, moves[m].n * sizeof(S));
+      }
+    }
   }
-  for (index_t i = 0; i < n; ++i) dst[i] = src[index[i]];
 }
 
-inline void scatter(index_t n, const std::int32_t* index, const S* src, S* dst) {
-  if (!index) {
-    std::memcpy(dst, src, n * sizeof(S));
-    return;
-  }
-  for (index_t i = 0; i < n; ++i) dst[index[i]] = src[i];
+inline void gather(const Move<S>* moves, index_t count, index_t tasks, const Exec&) {
+  for_moves(moves, count, tasks, [](index_t n, const std::int32_t* index, const S* src, S* dst) {
+    for (index_t i = 0; i < n; ++i) dst[i] = src[index[i]];
+  });
 }
 
-inline void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src, S* dst) {
+inline void scatter(const Move<S>* moves, index_t count, index_t tasks, const Exec&) {
+  for_moves(moves, count, tasks, [](index_t n, const std::int32_t* index, const S* src, S* dst) {
+    for (index_t i = 0; i < n; ++i) dst[index[i]] = src[i];
+  });
+}
+
+inline void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src, S* dst,
+                             const Exec&) {
   for (index_t i = 0; i < n; ++i) {
     const S* image = src + i * channels * pixels;
     S* out = dst + i * channels * pixels;
     for (index_t p = 0; p < pixels; ++p) {
       for (index_t c = 0; c < channels; ++c) out[p * channels + c] = image[c * pixels + p];
     }
+  }
+}
+
+inline void spread_rates(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
+                         bool per_tensor, S* out, const Exec&) {
+  for (index_t k = 0; k < rows; ++k) {
+    for (index_t i = 0; i < n; ++i) {
+      out[k * n + i] = adapted[i] ? values[per_tensor ? k * n + i : k] : S(0);
+    }
+  }
+}
+
+inline void collect_rates(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
+                          bool per_tensor, S* out, const Exec&) {
+  for (index_t k = 0; k < rows; ++k) {
+    S sum = 0;
+    for (index_t i = 0; i < n; ++i) {
+      const S value = adapted[i] ? values[k * n + i] : S(0);
+      if (per_tensor) out[k * n + i] = value;
+      sum += value;
+    }
+    if (!per_tensor) out[k] = sum;
   }
 }
 

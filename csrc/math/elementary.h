@@ -66,7 +66,7 @@ FM_INLINE Reduced<S> reduce_exponent(S x) {
                                      S(1.0 / 479001600),
                                      S(1.0 / 6227020800.0)};
   S p = inverse_factorial[E::kDegree];
-#pragma GCC unroll 16
+  FM_UNROLL
   for (int i = E::kDegree - 1; i >= 1; --i) p = p * r + inverse_factorial[i];
   const Int bits = (n + E::kBias) << E::kShift;
   S power;

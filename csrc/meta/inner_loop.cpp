@@ -45,52 +45,53 @@ class InnerLoop {
         network_(program_, backend_),
         shared_(workspace),
         slots_(workspace + plan.shared),
-        rates_(program_, backend_, call.rates, workspace + plan.rates) {}
+        rates_(call, call.rates, workspace + plan.rates) {}
 
   void run() {
+    rates_.load();
     if (!call_.params.per_task) {
-      load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
+      load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
     backend_.for_each_task(
-        call_.tasks, plan_.slots,
-        [](void* self, index_t slot, index_t task, const Exec& exec) {
-          static_cast<const InnerLoop*>(self)->task(slot, task, exec);
+        call_.tasks, plan_.slots, call_.exec,
+        [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
+          static_cast<const InnerLoop*>(self)->work(slot, first, count, exec);
         },
         this);
   }
 
  private:
-  void task(index_t slot, index_t t, Exec exec) const {
-    S* base = slots_ + slot * plan_.slot;
-    S* theta = base + plan_.theta;
-    S* g = base + plan_.gradient;
-    exec.scratch = base + plan_.scratch;
+  void work(index_t slot, index_t first, index_t count, Exec exec) const {
+    const index_t P = program_.param_count();
+    S* base = slots_ + slot * call_.together() * plan_.slot;
+    const auto at = [&](index_t offset) { return base + count * offset; };
+    const Rows<S> theta{at(plan_.theta), P}, g{at(plan_.gradient), P};
+    const Tape<S> support_tape{&plan_.support, at(plan_.tape), count};
+    exec.scratch = at(plan_.scratch);
     if (call_.params.per_task) {
-      load_parameters(program_, backend_, call_.params, t, theta);
+      load_parameters(call_, call_.params, first, count, theta, exec);
     } else {
-      backend_.vector.scale(program_.param_count(), S(1), shared_ + plan_.theta0, theta);
+      backend_.vector.copy(count, P, {shared_ + plan_.theta0, 0}, theta, exec);
     }
     const Batch<S> support =
-        load_samples(program_, backend_, call_.support, t, base + plan_.support_x);
+        load_samples(call_, call_.support, first, count, at(plan_.support_x), exec);
     const Batch<S> query =
-        call_.query_loss ? load_samples(program_, backend_, call_.query, t, base + plan_.query_x)
+        call_.query_loss ? load_samples(call_, call_.query, first, count, at(plan_.query_x), exec)
                          : Batch<S>{};
+    const Tape<S> query_tape{&plan_.query, at(plan_.tape), count};
+    const index_t row = call_.steps + 1;
     for (index_t k = 0;; ++k) {
-      if (call_.query_loss) evaluate(theta, query, base, t, k, exec);
+      if (call_.query_loss) {
+        const index_t i = first * row + k;
+        network_.forward({theta.data, P}, query, query_tape, exec);
+        network_.loss(query, query_tape, false,
+                      {call_.query_loss + i, call_.query_accuracy + i, row}, exec);
+      }
       if (k == call_.steps) break;
-      double unused;
-      network_.gradient(theta, support, {&plan_.support, base + plan_.tape}, g, {}, &unused, exec);
-      backend_.vector.descend(rates_.at(k), theta, g, theta);
+      network_.gradient({theta.data, P}, support, support_tape, g, {}, {}, exec);
+      backend_.vector.descend(rates_.at(k), count, {theta.data, P}, {g.data, P}, theta, exec);
     }
-    store_parameters(program_, backend_, theta, call_.adapted, t);
-  }
-
-  void evaluate(const S* theta, const Batch<S>& query, S* base, index_t t, index_t k,
-                const Exec& exec) const {
-    const Tape<S> tape{&plan_.query, base + plan_.tape};
-    const index_t i = t * (call_.steps + 1) + k;
-    network_.forward(theta, query, tape, exec);
-    network_.loss(query, tape, false, call_.query_loss + i, call_.query_accuracy + i, exec);
+    store_parameters(call_, {theta.data, P}, call_.adapted, first, count, exec);
   }
 
   const AdaptCall<S>& call_;
@@ -111,17 +112,17 @@ CallPlan plan_adapt(const AdaptCall<S>& call) {
   const index_t size = sizeof(S);
   CallPlan result;
   result.slots = plan.slots;
-  result.slot_bytes = plan.slot * size;
+  result.slot_bytes = call.together() * plan.slot * size;
   result.shared_bytes = plan.shared * size;
-  result.tape_bytes = plan.support.size * size;
+  result.tape_bytes = call.together() * plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   return result;
 }
 
 template <class S>
 void adapt(const AdaptCall<S>& call, void* workspace) {
-  check_labels(*call.program, call.support, call.tasks, "support_y");
-  check_labels(*call.program, call.query, call.tasks, "query_y");
+  check_labels(call, call.support, "support_y");
+  check_labels(call, call.query, "query_y");
   const AdaptPlan plan = make_plan(call);
   InnerLoop<S>(call, plan, static_cast<S*>(workspace)).run();
 }

@@ -1,4 +1,5 @@
-// Between the caller's memory and the engine's: parameters, rates and samples of one task.
+// Between the caller's memory and the engine's: parameters, rates and samples of tasks that pass
+// together.
 #pragma once
 
 #include "common/error.h"
@@ -7,27 +8,75 @@
 
 namespace fm {
 
-// theta [P] of a task (or of all tasks, task = 0)
+// The tables of a program where a call's backend finds them.
 template <class S>
-void load_parameters(const Program& program, const Backend<S>& backend,
-                     const TensorList<const S>& list, index_t task, S* theta) {
-  for (size_t i = 0; i < list.tensors.size(); ++i) {
-    const Parameter& p = program.parameters()[i];
-    const S* src = list.tensors[i] + (list.per_task ? task * p.count : 0);
-    backend.vector.gather(p.count, p.index.empty() ? nullptr : p.index.data(), src,
-                          theta + p.offset);
+struct Tables {
+  const Program* program;
+  const char* base;  // null: the host's will do
+  explicit Tables(const Call<S>& call)
+      : program(call.program), base(static_cast<const char*>(call.tables)) {}
+  const Segment* segments() const {
+    return base ? reinterpret_cast<const Segment*>(base) : program->segments().data();
   }
+  const std::int32_t* index(const Parameter& p) const {
+    if (p.index.empty()) return nullptr;
+    return base ? reinterpret_cast<const std::int32_t*>(base + p.table) : p.index.data();
+  }
+};
+
+// Collects moves of tensors, and runs as many of them at once as a backend takes.
+template <class S>
+class Mover {
+ public:
+  using Run = void (*)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
+  Mover(Run run, index_t tasks, const Exec& exec) : run_(run), tasks_(tasks), exec_(exec) {}
+  void add(const Move<S>& move) {
+    moves_[count_++] = move;
+    if (count_ == kMovesAtOnce) finish();
+  }
+  void finish() {
+    if (count_ > 0) run_(moves_, count_, tasks_, exec_);
+    count_ = 0;
+  }
+
+ private:
+  Run run_;
+  index_t tasks_, count_ = 0;
+  const Exec& exec_;
+  Move<S> moves_[kMovesAtOnce];
+};
+
+// theta [P] of `count` tasks from the first one on (or once for all tasks: first = 0, count = 1)
+template <class S>
+void load_parameters(const Call<S>& call, const TensorList<const S>& list, index_t first,
+                     index_t count, Rows<S> theta, const Exec& exec) {
+  const Tables<S> tables(call);
+  Mover<S> mover(call.backend->vector.gather, count, exec);
+  for (size_t i = 0; i < list.tensors.size(); ++i) {
+    const Parameter& p = call.program->parameters()[i];
+    const index_t stride = list.per_task ? p.count : 0;
+    mover.add({p.count,
+               tables.index(p),
+               {list.tensors[i] + first * stride, stride},
+               {theta.data + p.offset, theta.stride}});
+  }
+  mover.finish();
 }
 
 template <class S>
-void store_parameters(const Program& program, const Backend<S>& backend, const S* theta,
-                      const TensorList<S>& list, index_t task) {
+void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList<S>& list,
+                      index_t first, index_t count, const Exec& exec) {
+  const Tables<S> tables(call);
+  Mover<S> mover(call.backend->vector.scatter, count, exec);
   for (size_t i = 0; i < list.tensors.size(); ++i) {
-    const Parameter& p = program.parameters()[i];
-    S* dst = list.tensors[i] + (list.per_task ? task * p.count : 0);
-    backend.vector.scatter(p.count, p.index.empty() ? nullptr : p.index.data(), theta + p.offset,
-                           dst);
+    const Parameter& p = call.program->parameters()[i];
+    const index_t stride = list.per_task ? p.count : 0;
+    mover.add({p.count,
+               tables.index(p),
+               {theta.data + p.offset, theta.stride},
+               {list.tensors[i] + first * stride, stride}});
   }
+  mover.finish();
 }
 
 // Whether samples must be transposed to channels last, and the room that takes.
@@ -42,14 +91,15 @@ index_t staging_size(const Program& program, const Samples<S>& samples) {
   return needs_staging(program, samples) ? samples.count * program.input().size() : 0;
 }
 
-// Labels index the outputs, so they are checked at the door.
+// Labels index the outputs, so they are checked at the door where the host can read them. Elsewhere
+// the loss is NaN for a label out of range.
 template <class S>
-void check_labels(const Program& program, const Samples<S>& samples, index_t tasks,
-                  const char* name) {
-  if (program.loss() != LossKind::cross_entropy || !samples.y) return;
+void check_labels(const Call<S>& call, const Samples<S>& samples, const char* name) {
+  if (call.program->loss() != LossKind::cross_entropy || !samples.y) return;
+  if (!call.backend->host_memory) return;
   const std::int64_t* labels = static_cast<const std::int64_t*>(samples.y);
-  const index_t ways = program.output().size();
-  for (index_t i = 0; i < tasks * samples.count; ++i) {
+  const index_t ways = call.program->output().size();
+  for (index_t i = 0; i < call.tasks * samples.count; ++i) {
     require(labels[i] >= 0 && labels[i] < ways, name, ": expected labels from 0 to ", ways - 1,
             " (the model has ", ways, " outputs), got ", labels[i], " for sample ",
             i % samples.count, " of task ", i / samples.count);
@@ -57,21 +107,24 @@ void check_labels(const Program& program, const Samples<S>& samples, index_t tas
 }
 
 template <class S>
-Batch<S> load_samples(const Program& program, const Backend<S>& backend, const Samples<S>& samples,
-                      index_t task, S* staging) {
+Batch<S> load_samples(const Call<S>& call, const Samples<S>& samples, index_t first, index_t count,
+                      S* staging, const Exec& exec) {
+  const Program& program = *call.program;
   const Shape& in = program.input();
   Batch<S> batch;
   batch.samples = batch.total = samples.count;
-  batch.x = samples.x + task * samples.count * in.size();
+  batch.tasks = count;
+  batch.x = samples.x + first * samples.count * in.size();
   if (needs_staging(program, samples)) {
-    backend.vector.to_channels_last(samples.count, in.channels, in.pixels(), batch.x, staging);
+    call.backend->vector.to_channels_last(count * samples.count, in.channels, in.pixels(), batch.x,
+                                          staging, exec);
     batch.x = staging;
   }
   if (samples.y) {
     const index_t element =
         program.loss() == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
     batch.y = static_cast<const char*>(samples.y) +
-              task * samples.count * program.target_size() * element;
+              first * samples.count * program.target_size() * element;
   }
   return batch;
 }
@@ -89,86 +142,103 @@ class RateTable {
     return rates.steps * width(program, rates);
   }
 
-  RateTable(const Program& program, const Backend<S>& backend, const Rates<S>& rates, S* memory)
-      : program_(program), backend_(backend), rates_(rates), table_(memory) {
-    for (index_t k = 0; k < rates.steps; ++k) fill(k);
+  RateTable(const Call<S>& call, const Rates<S>& rates, S* memory)
+      : call_(call),
+        program_(*call.program),
+        vector_(call.backend->vector),
+        tables_(call),
+        rates_(rates),
+        table_(memory),
+        width_(width(program_, rates)),
+        each_(rates.layout == RateLayout::per_parameter) {}
+
+  // Fills the table; nothing else may be asked for before.
+  void load() const {
+    if (!each_) {
+      vector_.spread_rates(rates_.steps, width_, adapted(), rates_.values,
+                           rates_.layout == RateLayout::per_tensor, table_, call_.exec);
+      return;
+    }
+    const index_t count = model_count();
+    Mover<S> mover(vector_.gather, rates_.steps, call_.exec);
+    const S* values = rates_.values;
+    for (size_t i = 0; i < program_.parameters().size(); ++i) {
+      const Parameter& p = program_.parameters()[i];
+      const Rows<S> to{table_ + p.offset, width_};
+      if (rates_.adapted[i]) {
+        mover.add({p.count, tables_.index(p), {values, count}, to});
+      } else {
+        vector_.fill(rates_.steps, p.count, S(0), to, call_.exec);
+      }
+      values += p.count;
+    }
+    mover.finish();
   }
 
   index_t row(index_t step) const { return min_of(step, rates_.steps - 1); }
 
-  // The one rate of a scalar layout.
-  S number(index_t step) const { return rates_.values[row(step)]; }
+  // Where the one rate of a scalar layout is.
+  const S* number(index_t step) const { return rates_.values + row(step); }
 
   StepRates<S> at(index_t step) const {
-    const S* values = table_ + row(step) * width(program_, rates_);
-    const auto& segments = program_.segments();
-    const bool each = rates_.layout == RateLayout::per_parameter;
-    return {segments.data(), index_t(segments.size()), each ? nullptr : values,
-            each ? values : nullptr};
+    const S* values = table_ + row(step) * width_;
+    return {tables_.segments(), index_t(program_.segments().size()), each_ ? nullptr : values,
+            each_ ? values : nullptr};
   }
 
-  // d loss / d a_k of one task: out [K', width] += -g (.) lambda, summed over segments when there
-  // is one rate for each. `temporary` has room for one row.
-  void accumulate(index_t step, const S* g, const S* lambda, S* temporary, S* out) const {
-    const index_t n = width(program_, rates_);
-    if (rates_.layout == RateLayout::per_parameter) {
-      backend_.vector.negative_product(n, g, lambda, temporary);
+  // d loss / d a_k of `tasks` tasks: out [K', width] += -g (.) lambda, summed over segments when
+  // there is one rate for each. `temporary` has room for one row per task.
+  void accumulate(index_t step, index_t tasks, Rows<const S> g, Rows<const S> lambda, S* temporary,
+                  Rows<S> out, const Exec& exec) const {
+    const Rows<S> rows{temporary, width_};
+    if (each_) {
+      vector_.negative_product(tasks, width_, g, lambda, rows, exec);
     } else {
-      backend_.vector.segment_dots(at(step), g, lambda, temporary);
+      vector_.segment_dots(at(step), tasks, g, lambda, rows, exec);
     }
-    backend_.vector.add(n, S(1), temporary, out + row(step) * n);
+    vector_.add(tasks, width_, {temporary, width_}, {out.data + row(step) * width_, out.stride},
+                exec);
   }
 
   // From `mean` [K', width] to the caller's layout. Tensors that are not adapted have no rate.
   void store(const S* mean, S* out) const {
-    for (index_t k = 0; k < rates_.steps; ++k, mean += width(program_, rates_)) {
-      if (rates_.layout == RateLayout::scalar) *out = S(0);
-      for (size_t i = 0; i < program_.parameters().size(); ++i) {
-        const Parameter& p = program_.parameters()[i];
-        const bool adapted = rates_.adapted[i];
-        if (rates_.layout == RateLayout::scalar) {
-          if (adapted) *out += mean[i];
-        } else if (rates_.layout == RateLayout::per_tensor) {
-          *out++ = adapted ? mean[i] : S(0);
-        } else if (adapted) {
-          backend_.vector.scatter(p.count, p.index.empty() ? nullptr : p.index.data(),
-                                  mean + p.offset, out);
-          out += p.count;
-        } else {
-          for (index_t j = 0; j < p.count; ++j) *out++ = S(0);
-        }
-      }
-      if (rates_.layout == RateLayout::scalar) ++out;
+    if (!each_) {
+      vector_.collect_rates(rates_.steps, width_, adapted(), mean,
+                            rates_.layout == RateLayout::per_tensor, out, call_.exec);
+      return;
     }
+    const index_t count = model_count();
+    Mover<S> mover(vector_.scatter, rates_.steps, call_.exec);
+    for (size_t i = 0; i < program_.parameters().size(); ++i) {
+      const Parameter& p = program_.parameters()[i];
+      if (rates_.adapted[i]) {
+        mover.add({p.count, tables_.index(p), {mean + p.offset, width_}, {out, count}});
+      } else {
+        vector_.fill(rates_.steps, p.count, S(0), {out, count}, call_.exec);
+      }
+      out += p.count;
+    }
+    mover.finish();
   }
 
  private:
-  void fill(index_t k) {
-    S* row = table_ + k * width(program_, rates_);
-    const auto& parameters = program_.parameters();
-    index_t model_count = 0;
-    for (const Parameter& p : parameters) model_count += p.count;
-    const S* each = rates_.values + k * model_count;
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      const Parameter& p = parameters[i];
-      const S mask = rates_.adapted[i] ? S(1) : S(0);
-      if (rates_.layout == RateLayout::scalar) {
-        row[i] = mask * rates_.values[k];
-      } else if (rates_.layout == RateLayout::per_tensor) {
-        row[i] = mask * rates_.values[k * index_t(parameters.size()) + index_t(i)];
-      } else {
-        backend_.vector.gather(p.count, p.index.empty() ? nullptr : p.index.data(), each,
-                               row + p.offset);
-        backend_.vector.scale(p.count, mask, row + p.offset, row + p.offset);
-        each += p.count;
-      }
-    }
+  const std::uint8_t* adapted() const {
+    return rates_.adapted_there ? rates_.adapted_there : rates_.adapted.data();
+  }
+  index_t model_count() const {
+    index_t count = 0;
+    for (const Parameter& p : program_.parameters()) count += p.count;
+    return count;
   }
 
+  const Call<S>& call_;
   const Program& program_;
-  const Backend<S>& backend_;
+  const VectorOps<S>& vector_;
+  Tables<S> tables_;
   const Rates<S>& rates_;
   S* table_;
+  index_t width_;
+  bool each_;
 };
 
 }  // namespace fm

@@ -1,4 +1,5 @@
-// The driver: K inner steps, then the chain of Hessian-vector products, one task at a time.
+// The driver: K inner steps, then the chain of Hessian-vector products, of one task or, in
+// lockstep, of all.
 //
 //   theta_{k+1} = theta_k - a_k (.) g_s(theta_k)
 //   lambda_K    = w_K g_q(theta_K)
@@ -9,7 +10,6 @@
 // of a task in work: K copies of the parameters and one tape, or K tapes where they fit. The layers
 // apply the updates of theta and lambda themselves, where they store a gradient or product.
 
-#include <cmath>
 #include <limits>
 
 #include "meta/layout.h"
@@ -20,7 +20,8 @@ namespace {
 // Elements a thread adds up at a time in a mean over tasks.
 constexpr index_t kMeanGrain = 16384;
 
-// Where everything is, in elements from the start of the workspace (shared) or of a slot.
+// Where everything is, in elements from the start of the workspace (shared) or, for one task, of a
+// slot: see network.h for tasks that share one.
 struct MetaPlan {
   TapePlan support, query;
   TangentPlan tangent;
@@ -55,7 +56,7 @@ bool moves_in_place(const MetaCall<S>& call) {
       if (call.rates.adapted[d.segment] != call.rates.adapted[d.segment + i]) return false;
     }
   }
-  return program.chunk(call.support.count) == call.support.count;
+  return chunk_of(program, *call.backend, call.support.count) == call.support.count;
 }
 
 template <class S>
@@ -104,10 +105,11 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   MetaPlan plan;
   plan.slots = call.slots;
   plan.support = plan_tape(program, call.support.count, call.first_order);
-  plan.query = plan_tape(program, program.chunk(call.query.count), true);
-  plan.tangent = plan_tangent(program, program.chunk(call.support.count));
+  plan.query = plan_tape(program, chunk_of(program, *call.backend, call.query.count), true);
+  plan.tangent = plan_tangent(program, chunk_of(program, *call.backend, call.support.count));
   plan_shared(call, plan);
-  const index_t kept_bytes = plan.slots * call.steps * plan.support.size * index_t(sizeof(S));
+  const index_t works = plan.slots * call.together();
+  const index_t kept_bytes = works * call.steps * plan.support.size * index_t(sizeof(S));
   plan.kept = !call.first_order && call.steps > 0 &&
               (call.memory == Memory::keep ||
                (call.memory == Memory::automatic && kept_bytes <= kKeepBytes));
@@ -126,22 +128,23 @@ class MetaGradient {
         network_(program_, backend_),
         shared_(workspace),
         slots_(workspace + plan.shared),
-        rates_(program_, backend_, call.rates, workspace + plan.rates),
+        rates_(call, call.rates, workspace + plan.rates),
         still_(still_layers(call)),
         in_place_(moves_in_place(call)) {}
 
   void run() {
+    rates_.load();
     if (!call_.params.per_task) {
-      load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
+      load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
     backend_.for_each_task(
-        call_.tasks, plan_.slots,
-        [](void* self, index_t slot, index_t task, const Exec& exec) {
-          static_cast<const MetaGradient*>(self)->task(slot, task, exec);
+        call_.tasks, plan_.slots, call_.exec,
+        [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
+          static_cast<const MetaGradient*>(self)->work(slot, first, count, exec);
         },
         this);
     mean(plan_.lambdas, program_.param_count());
-    store_parameters(program_, backend_, shared_ + plan_.mean, call_.gradients, 0);
+    store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec);
     if (call_.rate_gradient) {
       mean(plan_.rate_rows, RateTable<S>::size(program_, call_.rates));
       rates_.store(shared_ + plan_.mean, call_.rate_gradient);
@@ -149,50 +152,62 @@ class MetaGradient {
   }
 
  private:
-  // One task in work.
+  // Tasks in work together.
   struct Work {
     S* base;
-    const S* theta0;
-    S* lambda;
-    S* rate_rows;
+    index_t tasks;
+    Rows<const S> theta0;
+    Rows<S> lambda, rate_rows;
     Batch<S> support, query;
     Exec exec;
-    double *loss, *accuracy;  // [K + 1]
+    Metrics metrics;  // [T, K + 1]
+    S* at(index_t offset) const { return base + tasks * offset; }
   };
 
-  const S* theta(const Work& w, index_t k) const {
-    return k == 0 ? w.theta0 : w.base + plan_.thetas[k];
+  Rows<const S> theta(const Work& w, index_t k) const {
+    if (k == 0) return w.theta0;
+    return {w.at(plan_.thetas[k]), program_.param_count()};
   }
-  Tape<S> tape(const Work& w, index_t k) const { return {&plan_.support, w.base + plan_.tapes[k]}; }
+  Rows<S> gradient(const Work& w, index_t k) const {
+    return {w.at(plan_.gradients[k]), program_.param_count()};
+  }
+  Tape<S> tape(const Work& w, index_t k) const {
+    return {&plan_.support, w.at(plan_.tapes[k]), w.tasks};
+  }
 
-  Work begin(index_t slot, index_t t, const Exec& exec) const {
+  Work begin(index_t slot, index_t first, index_t count, const Exec& exec) const {
+    const index_t P = program_.param_count(), R = RateTable<S>::size(program_, call_.rates);
     Work w;
-    w.base = slots_ + slot * plan_.slot;
-    w.theta0 = shared_ + plan_.theta0;
-    if (call_.params.per_task) {
-      S* own = w.base + plan_.own_theta0;
-      load_parameters(program_, backend_, call_.params, t, own);
-      w.theta0 = own;
-    }
-    w.lambda = shared_ + plan_.lambdas + t * program_.param_count();
-    w.rate_rows = shared_ + plan_.rate_rows + t * RateTable<S>::size(program_, call_.rates);
-    w.support = load_samples(program_, backend_, call_.support, t, w.base + plan_.support_x);
-    w.query = load_samples(program_, backend_, call_.query, t, w.base + plan_.query_x);
+    w.base = slots_ + slot * call_.together() * plan_.slot;
+    w.tasks = count;
     w.exec = exec;
-    w.exec.scratch = w.base + plan_.scratch;
-    w.loss = call_.query_loss + t * (call_.steps + 1);
-    w.accuracy = call_.query_accuracy + t * (call_.steps + 1);
+    w.exec.scratch = w.at(plan_.scratch);
+    w.theta0 = {shared_ + plan_.theta0, 0};
+    if (call_.params.per_task) {
+      S* own = w.at(plan_.own_theta0);
+      load_parameters(call_, call_.params, first, count, {own, P}, w.exec);
+      w.theta0 = {own, P};
+    }
+    w.lambda = {shared_ + plan_.lambdas + first * P, P};
+    w.rate_rows = {shared_ + plan_.rate_rows + first * R, R};
+    w.support = load_samples(call_, call_.support, first, count, w.at(plan_.support_x), w.exec);
+    w.query = load_samples(call_, call_.query, first, count, w.at(plan_.query_x), w.exec);
+    const index_t row = call_.steps + 1;
+    w.metrics = {call_.query_loss + first * row, call_.query_accuracy + first * row, row};
     return w;
   }
 
-  void task(index_t slot, index_t t, const Exec& exec) const {
-    const Work w = begin(slot, t, exec);
-    const index_t P = program_.param_count(), K = call_.steps;
+  void work(index_t slot, index_t first, index_t count, const Exec& exec) const {
+    const Work w = begin(slot, first, count, exec);
+    const index_t K = call_.steps;
     for (index_t k = 0; k < K; ++k) inner_step(w, k);
-    if (call_.loss_weights[K] == 0) backend_.vector.scale(P, S(0), theta(w, K), w.lambda);
+    const auto& vector = backend_.vector;
+    if (call_.loss_weights[K] == 0) {
+      vector.fill(w.tasks, program_.param_count(), S(0), w.lambda, w.exec);
+    }
     if (call_.rate_gradient) {
-      const index_t n = RateTable<S>::size(program_, call_.rates);
-      for (index_t i = 0; i < n; ++i) w.rate_rows[i] = S(0);
+      const index_t R = RateTable<S>::size(program_, call_.rates);
+      vector.fill(w.tasks, R, S(0), w.rate_rows, w.exec);
     }
     for (index_t k = K;; --k) {
       add_query_gradient(w, k);
@@ -203,53 +218,61 @@ class MetaGradient {
 
   // theta_{k+1} = theta_k - a_k (.) g_s(theta_k)
   void inner_step(const Work& w, index_t k) const {
-    double unused;
-    S* next = w.base + plan_.thetas[k + 1];
+    const Rows<S> next{w.at(plan_.thetas[k + 1]), program_.param_count()};
     const StepRates<S> rates = rates_.at(k);
     if (rates.per_segment && !call_.rate_gradient) {
       const Update<S> update{theta(w, k), S(-1), rates.per_segment};
-      network_.gradient(theta(w, k), w.support, tape(w, k), next, update, &unused, w.exec);
+      network_.gradient(theta(w, k), w.support, tape(w, k), next, update, {}, w.exec);
       return;
     }
-    S* g = w.base + plan_.gradients[k];
-    network_.gradient(theta(w, k), w.support, tape(w, k), g, {}, &unused, w.exec);
-    backend_.vector.descend(rates, theta(w, k), g, next);
+    const Rows<S> g = gradient(w, k);
+    network_.gradient(theta(w, k), w.support, tape(w, k), g, {}, {}, w.exec);
+    backend_.vector.descend(rates, w.tasks, theta(w, k), {g.data, g.stride}, next, w.exec);
   }
 
   // lambda += w_k g_q(theta_k), which is where lambda starts at the last step
   void add_query_gradient(const Work& w, index_t k) const {
     const double weight = call_.loss_weights[k];
-    w.loss[k] = w.accuracy[k] = std::numeric_limits<double>::quiet_NaN();
-    if (weight == 0) return;
-    const Tape<S> tape{&plan_.query, w.base + plan_.late};
-    const Update<S> update{k == call_.steps ? nullptr : w.lambda, S(weight), nullptr};
-    w.loss[k] =
-        network_.gradient(theta(w, k), w.query, tape, w.lambda, update, &w.accuracy[k], w.exec);
+    const Metrics metrics{w.metrics.value + k, w.metrics.accuracy + k, w.metrics.stride};
+    if (weight == 0) return skip(w, metrics);
+    const Tape<S> tape{&plan_.query, w.at(plan_.late), w.tasks};
+    const S* base = k == call_.steps ? nullptr : w.lambda.data;
+    const Update<S> update{{base, w.lambda.stride}, S(weight), nullptr};
+    network_.gradient(theta(w, k), w.query, tape, w.lambda, update, metrics, w.exec);
+  }
+
+  void skip(const Work& w, const Metrics& metrics) const {
+    if (!backend_.host_memory) return;
+    for (index_t t = 0; t < w.tasks; ++t) {
+      metrics.value[t * metrics.stride] = metrics.accuracy[t * metrics.stride] =
+          std::numeric_limits<double>::quiet_NaN();
+    }
   }
 
   // lambda -= H_s(theta_k) [a_k (.) lambda]
   void chain_step(const Work& w, index_t k) const {
+    const Rows<const S> lambda{w.lambda.data, w.lambda.stride};
     if (call_.rate_gradient) {
-      rates_.accumulate(k, w.base + plan_.gradients[k], w.lambda, w.base + plan_.rate_row,
-                        w.rate_rows);
+      const Rows<S> g = gradient(w, k);
+      rates_.accumulate(k, w.tasks, {g.data, g.stride}, lambda, w.at(plan_.rate_row), w.rate_rows,
+                        w.exec);
     }
     if (call_.first_order) return;
     // a lone tape still holds the last inner step
     if (!plan_.kept && k + 1 < call_.steps) {
-      double unused;
-      network_.gradient(theta(w, k), w.support, tape(w, k), nullptr, {}, &unused, w.exec);
+      network_.gradient(theta(w, k), w.support, tape(w, k), {}, {}, {}, w.exec);
     }
-    const Tangent<S> tangent{&plan_.tangent, w.base + plan_.late};
+    const Tangent<S> tangent{&plan_.tangent, w.at(plan_.late), w.tasks};
     if (in_place_) {
-      const Update<S> update{w.lambda, -rates_.number(k), nullptr};
-      network_.hessian_vector(theta(w, k), w.lambda, w.support, tape(w, k), tangent, w.lambda,
-                              update, w.exec, still_.data());
+      const Update<S> update{lambda, S(-1), rates_.number(k), 0};
+      network_.hessian_vector(theta(w, k), lambda, w.support, tape(w, k), tangent, w.lambda, update,
+                              w.exec, still_.data());
       return;
     }
-    S* v = w.base + plan_.direction;
-    backend_.vector.scale_by_rates(rates_.at(k), w.lambda, v);
-    network_.hessian_vector(theta(w, k), v, w.support, tape(w, k), tangent, w.lambda,
-                            {w.lambda, S(-1), nullptr}, w.exec);
+    const Rows<S> v{w.at(plan_.direction), program_.param_count()};
+    backend_.vector.scale_by_rates(rates_.at(k), w.tasks, lambda, v, w.exec);
+    network_.hessian_vector(theta(w, k), {v.data, v.stride}, w.support, tape(w, k), tangent,
+                            w.lambda, {lambda, S(-1), nullptr}, w.exec);
   }
 
   // mean over tasks of rows [T, n] at `rows`
@@ -263,9 +286,9 @@ class MetaGradient {
         n, grain,
         [](void* s, index_t begin, index_t end) {
           const Mean& m = *static_cast<const Mean*>(s);
-          m.self->backend_.vector.mean_rows(m.self->call_.tasks, m.n, begin, end,
-                                            m.self->shared_ + m.rows,
-                                            m.self->shared_ + m.self->plan_.mean);
+          m.self->backend_.vector.mean_rows(
+              m.self->call_.tasks, m.n, begin, end, m.self->shared_ + m.rows,
+              m.self->shared_ + m.self->plan_.mean, m.self->call_.exec);
         },
         &state);
   }
@@ -290,21 +313,21 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   const index_t size = sizeof(S);
   CallPlan result;
   result.slots = plan.slots;
-  result.slot_bytes = plan.slot * size;
+  result.slot_bytes = call.together() * plan.slot * size;
   result.shared_bytes = plan.shared * size;
-  result.tape_bytes = plan.support.size * size;
+  result.tape_bytes = call.together() * plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
   return result;
 }
 
-// Returns the weighted query loss, mean over tasks.
 template <class S>
 double meta_gradient(const MetaCall<S>& call, void* workspace) {
-  check_labels(*call.program, call.support, call.tasks, "support_y");
-  check_labels(*call.program, call.query, call.tasks, "query_y");
+  check_labels(call, call.support, "support_y");
+  check_labels(call, call.query, "query_y");
   const MetaPlan plan = make_plan(call);
   MetaGradient<S>(call, plan, static_cast<S*>(workspace)).run();
+  if (!call.backend->host_memory) return std::numeric_limits<double>::quiet_NaN();
   double loss = 0;
   for (index_t i = 0; i < call.tasks * (call.steps + 1); ++i) {
     const double weight = call.loss_weights[i % (call.steps + 1)];

@@ -3,13 +3,15 @@
 namespace fm {
 
 template <class S>
-LayerArgs<S> Network<S>::args(size_t l, const S* theta, const Batch<S>& batch,
+LayerArgs<S> Network<S>::args(size_t l, Params theta, const Batch<S>& batch,
                               const Tape<S>& tape) const {
   LayerArgs<S> a;
   a.desc = &program_.layers()[l];
+  a.tasks = batch.tasks;
   a.samples = batch.samples;
   a.x = l == 0 ? batch.x : tape.y(l - 1);
-  a.w = theta + a.desc->param_offset;
+  a.w = theta.data + a.desc->param_offset;
+  a.w_stride = theta.stride;
   a.y = tape.y(l);
   a.saved = tape.saved(l);
   return a;
@@ -18,6 +20,7 @@ LayerArgs<S> Network<S>::args(size_t l, const S* theta, const Batch<S>& batch,
 template <class S>
 LossArgs<S> Network<S>::loss_args(const Batch<S>& batch, const Tape<S>& tape) const {
   LossArgs<S> a;
+  a.tasks = batch.tasks;
   a.samples = batch.samples;
   a.outputs = program_.output().size();
   a.scale = S(program_.loss_scale(batch.total));
@@ -27,56 +30,60 @@ LossArgs<S> Network<S>::loss_args(const Batch<S>& batch, const Tape<S>& tape) co
 }
 
 template <class S>
-void Network<S>::forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape,
+void Network<S>::forward(Params theta, const Batch<S>& batch, const Tape<S>& tape,
                          const Exec& exec) const {
   for (size_t l = 0; l < depth(); ++l) ops(l).forward(args(l, theta, batch, tape), exec);
 }
 
 template <class S>
-void Network<S>::loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient, double* value,
-                      double* accuracy, const Exec& exec) const {
+void Network<S>::loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient,
+                      const Metrics& metrics, const Exec& exec) const {
   LossArgs<S> a = loss_args(batch, tape);
   a.dz = gradient ? tape.dz() : nullptr;
-  a.value = value;
-  a.accuracy = accuracy;
+  a.value = metrics.value;
+  a.accuracy = metrics.accuracy;
+  a.value_stride = metrics.stride;
   backend_.losses[int(program_.loss())].value(a, exec);
 }
 
 template <class S>
 void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
-                              S* LayerArgs<S>::* where, S* out, const Update<S>& update,
+                              S* LayerArgs<S>::* where, Rows<S> out, const Update<S>& update,
                               const Exec& exec) const {
   const LayerDesc& d = *a.desc;
-  if (!out || d.param_count == 0) return pass(a, exec);
-  const index_t weights = d.has_weight ? 1 : 0;
-  const auto scale = [&](index_t segment) {
-    return update.rates ? update.factor * update.rates[segment] : update.factor;
-  };
-  const S weight_scale = weights ? scale(d.segment) : S(1);
-  const S bias_scale = d.has_bias ? scale(d.segment + weights) : S(1);
-  const S* base = update.base ? update.base + d.param_offset : nullptr;
-  out += d.param_offset;
-  if (d.dense() || (!base && weight_scale == S(1) && bias_scale == S(1))) {
-    a.*where = out;
-    a.dw_base = base;
-    a.weight_scale = weight_scale;
-    a.bias_scale = bias_scale;
+  if (!out.data || d.param_count == 0) return pass(a, exec);
+  const Rows<const S> base{update.base.data ? update.base.data + d.param_offset : nullptr,
+                           update.base.stride};
+  const S* weight_rate = d.has_weight ? update.rate(d.segment) : nullptr;
+  const S* bias_rate = d.has_bias ? update.rate(d.segment + d.segments() - 1) : nullptr;
+  out.data += d.param_offset;
+  if (d.dense() || (!base.data && update.factor == S(1) && !update.rates)) {
+    a.*where = out.data;
+    a.dw_stride = out.stride;
+    a.dw_base = base.data;
+    a.dw_base_stride = base.stride;
+    a.weight_scale = a.bias_scale = update.factor;
+    a.weight_rate = weight_rate;
+    a.bias_rate = bias_rate;
     return pass(a, exec);
   }
-  S* g = static_cast<S*>(exec.scratch) + scratch_before_update(d, a.samples);
+  S* g = static_cast<S*>(exec.scratch) + a.tasks * scratch_before_update(d, a.samples);
   a.*where = g;
+  a.dw_stride = d.param_count;
   pass(a, exec);
   const index_t split = d.has_bias ? d.bias_offset : d.param_count;
-  const auto finish = [&](index_t begin, index_t end, S s) {
-    backend_.vector.update(end - begin, base ? base + begin : nullptr, s, g + begin, out + begin);
+  const auto finish = [&](index_t begin, index_t end, const S* rate) {
+    const Rows<const S> from{base.data ? base.data + begin : nullptr, base.stride};
+    backend_.vector.update(a.tasks, end - begin, from, update.factor, rate,
+                           {g + begin, d.param_count}, {out.data + begin, out.stride}, exec);
   };
-  if (d.has_weight) finish(0, split, weight_scale);
-  if (d.has_bias) finish(split, d.param_count, bias_scale);
+  if (d.has_weight) finish(0, split, weight_rate);
+  if (d.has_bias) finish(split, d.param_count, bias_rate);
 }
 
 template <class S>
-void Network<S>::backward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz,
-                          S* dw, const Update<S>& update, const Exec& exec) const {
+void Network<S>::backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz,
+                          Rows<S> dw, const Update<S>& update, const Exec& exec) const {
   const S* dy = dz;
   for (size_t l = depth(); l-- > first();) {
     LayerArgs<S> a = args(l, theta, batch, tape);
@@ -88,12 +95,13 @@ void Network<S>::backward(const S* theta, const Batch<S>& batch, const Tape<S>& 
 }
 
 template <class S>
-void Network<S>::tangent_forward(const S* theta, const S* tw, const Batch<S>& batch,
+void Network<S>::tangent_forward(Params theta, Params tw, const Batch<S>& batch,
                                  const Tape<S>& tape, const Tangent<S>& tangent, const Exec& exec,
                                  const std::uint8_t* still) const {
   for (size_t l = first(); l < depth(); ++l) {
     LayerArgs<S> a = args(l, theta, batch, tape);
-    a.tw = still && still[l] ? nullptr : tw + a.desc->param_offset;
+    a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
+    a.tw_stride = tw.stride;
     a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
     a.ty = tangent.ty(l);
     ops(l).tangent_forward(a, exec);
@@ -110,15 +118,16 @@ void Network<S>::loss_hessian(const Batch<S>& batch, const Tape<S>& tape, const 
 }
 
 template <class S>
-void Network<S>::tangent_backward(const S* theta, const S* tw, const Batch<S>& batch,
-                                  const Tape<S>& tape, const Tangent<S>& tangent, S* tdw,
+void Network<S>::tangent_backward(Params theta, Params tw, const Batch<S>& batch,
+                                  const Tape<S>& tape, const Tangent<S>& tangent, Rows<S> tdw,
                                   const Update<S>& update, const Exec& exec,
                                   const std::uint8_t* still) const {
   const S* tdy = tangent.tdz();
   for (size_t l = depth(); l-- > first();) {
     LayerArgs<S> a = args(l, theta, batch, tape);
     a.dy = l + 1 < depth() ? tape.dx(l + 1) : tape.dz();
-    a.tw = still && still[l] ? nullptr : tw + a.desc->param_offset;
+    a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
+    a.tw_stride = tw.stride;
     a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
     a.tdy = tdy;
     a.tdx = l > first() ? tangent.tdx(l) : nullptr;
@@ -129,6 +138,7 @@ void Network<S>::tangent_backward(const S* theta, const S* tw, const Batch<S>& b
 
 template <class S>
 Batch<S> Network<S>::slice(const Batch<S>& batch, index_t first, index_t samples) const {
+  if (samples == batch.samples) return batch;
   const index_t element =
       program_.loss() == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
   Batch<S> part = batch;
@@ -139,9 +149,14 @@ Batch<S> Network<S>::slice(const Batch<S>& batch, index_t first, index_t samples
 }
 
 template <class S>
-double Network<S>::gradient(const S* theta, const Batch<S>& batch, const Tape<S>& tape, S* dw,
-                            const Update<S>& update, double* accuracy, const Exec& exec) const {
-  const index_t step = program_.chunk(batch.samples);
+void Network<S>::gradient(Params theta, const Batch<S>& batch, const Tape<S>& tape, Rows<S> dw,
+                          const Update<S>& update, const Metrics& metrics, const Exec& exec) const {
+  const index_t step = chunk_of(program_, backend_, batch.samples);
+  if (step == batch.samples) {
+    forward(theta, batch, tape, exec);
+    loss(batch, tape, true, metrics, exec);
+    return backward(theta, batch, tape, tape.dz(), dw, update, exec);
+  }
   double total = 0, hits = 0;
   Update<S> next = update;
   for (index_t at = 0; at < batch.samples; at += step) {
@@ -149,22 +164,22 @@ double Network<S>::gradient(const S* theta, const Batch<S>& batch, const Tape<S>
     const Tape<S> here = tape.from(at, batch.samples);
     double value = 0, share = 0;
     forward(theta, part, here, exec);
-    loss(part, here, true, &value, &share, exec);
+    loss(part, here, true, {&value, &share}, exec);
     backward(theta, part, here, here.dz(), dw, next, exec);
-    next.base = dw;
+    next.base = {dw.data, dw.stride};
     total += value;
     hits += share * double(part.samples);
   }
-  *accuracy = hits / double(batch.samples);
-  return total;
+  if (!metrics.value) return;
+  *metrics.value = total;
+  *metrics.accuracy = hits / double(batch.samples);
 }
 
 template <class S>
-void Network<S>::hessian_vector(const S* theta, const S* tw, const Batch<S>& batch,
-                                const Tape<S>& tape, const Tangent<S>& tangent, S* tdw,
-                                const Update<S>& update, const Exec& exec,
-                                const std::uint8_t* still) const {
-  const index_t step = program_.chunk(batch.samples);
+void Network<S>::hessian_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
+                                const Tangent<S>& tangent, Rows<S> tdw, const Update<S>& update,
+                                const Exec& exec, const std::uint8_t* still) const {
+  const index_t step = chunk_of(program_, backend_, batch.samples);
   Update<S> next = update;
   for (index_t at = 0; at < batch.samples; at += step) {
     const Batch<S> part = slice(batch, at, min_of(step, batch.samples - at));
@@ -172,7 +187,23 @@ void Network<S>::hessian_vector(const S* theta, const S* tw, const Batch<S>& bat
     tangent_forward(theta, tw, part, here, tangent, exec, still);
     loss_hessian(part, here, tangent, tangent.tdz(), exec);
     tangent_backward(theta, tw, part, here, tangent, tdw, next, exec, still);
-    next.base = tdw;
+    next.base = {tdw.data, tdw.stride};
+  }
+}
+
+template <class S>
+void Network<S>::gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch,
+                                     const Tape<S>& tape, const Tangent<S>& tangent, Rows<S> out,
+                                     const Exec& exec) const {
+  const index_t step = chunk_of(program_, backend_, batch.samples);
+  Update<S> next;
+  for (index_t at = 0; at < batch.samples; at += step) {
+    const Batch<S> part = slice(batch, at, min_of(step, batch.samples - at));
+    const Tape<S> here = tape.from(at, batch.samples);
+    tangent_forward(theta, tw, part, here, tangent, exec);
+    loss_hessian(part, here, tangent, tangent.tdz(), exec);
+    backward(theta, part, here, tangent.tdz(), out, next, exec);
+    next.base = {out.data, out.stride};
   }
 }
 

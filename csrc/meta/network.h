@@ -1,4 +1,8 @@
-// The passes of a whole program over one task, layer by layer.
+// The passes of a whole program, layer by layer, over tasks that pass together.
+//
+// Memory of one task is planned (TapePlan, TangentPlan, the plans of calls); what T tasks that pass
+// together need is T times that, a region of each task's following that of the task before it: a
+// region at `offset` of one task's plan is [T, size] at T * offset.
 #pragma once
 
 #include "program/backend.h"
@@ -6,86 +10,113 @@
 
 namespace fm {
 
-// Samples of one task as the engine reads them: x channels last.
+// Samples of T tasks as the engine reads them: x [T, N, ...] channels last.
 template <class S>
 struct Batch {
   const S* x = nullptr;
   const void* y = nullptr;
-  index_t samples = 0;
-  index_t total = 0;  // samples of the task, of which these may be a chunk
+  index_t samples = 0;  // N
+  index_t total = 0;    // samples of a task, of which these may be a chunk
+  index_t tasks = 1;    // T, one where there are chunks
+};
+
+// Where losses and accuracies of the tasks go, `stride` apart; nowhere where null.
+struct Metrics {
+  double *value = nullptr, *accuracy = nullptr;
+  index_t stride = 1;
 };
 
 template <class S>
 struct Tape {
   const TapePlan* plan = nullptr;
   S* base = nullptr;
+  index_t tasks = 1;
   index_t first = 0;  // sample
-  S* y(size_t l) const { return base + plan->y[l] + first * plan->y_size[l]; }
-  S* dx(size_t l) const { return base + plan->dx[l] + first * plan->dx_size[l]; }
-  S* saved(size_t l) const { return base + plan->saved[l] + first * plan->saved_size[l]; }
-  S* dz() const { return base + plan->dz + first * plan->dz_size; }
+  S* y(size_t l) const { return at(plan->y[l], plan->y_size[l]); }
+  S* dx(size_t l) const { return at(plan->dx[l], plan->dx_size[l]); }
+  S* saved(size_t l) const { return at(plan->saved[l], plan->saved_size[l]); }
+  S* dz() const { return at(plan->dz, plan->dz_size); }
   // From sample `first` of `total` on. A tape with less room serves one chunk after the other.
   Tape from(index_t sample, index_t total) const {
-    return {plan, base, plan->samples < total ? 0 : sample};
+    return {plan, base, tasks, plan->samples < total ? 0 : sample};
   }
+
+ private:
+  S* at(index_t offset, index_t size) const { return base + tasks * offset + first * size; }
 };
 
 // What is done with an adjoint or product g of the parameters: out = base + factor * rate (.) g,
 // with one rate per segment. A null base is zero; it may be `out` itself.
 template <class S>
 struct Update {
-  const S* base = nullptr;
+  Rows<const S> base;
   S factor = S(1);
-  const S* rates = nullptr;  // [segments], null: 1
+  const S* rates = nullptr;  // in backend memory; null: 1
+  index_t rate_stride = 1;   // from segment to segment (0: they share one)
+  const S* rate(index_t segment) const { return rates ? rates + segment * rate_stride : nullptr; }
 };
 
 template <class S>
 struct Tangent {
   const TangentPlan* plan = nullptr;
   S* base = nullptr;
-  S* ty(size_t l) const { return base + plan->ty[l]; }
-  S* tdx(size_t l) const { return base + plan->tdx[l % 2]; }
-  S* tdz() const { return base + plan->tdz; }
+  index_t tasks = 1;
+  S* ty(size_t l) const { return base + tasks * plan->ty[l]; }
+  S* tdx(size_t l) const { return base + tasks * plan->tdx[l % 2]; }
+  S* tdz() const { return base + tasks * plan->tdz; }
 };
+
+// Samples that pass through all layers together. In lockstep that is all: chunks serve a cache that
+// one task has for itself.
+template <class S>
+index_t chunk_of(const Program& program, const Backend<S>& backend, index_t samples) {
+  return backend.lockstep ? samples : program.chunk(samples);
+}
 
 template <class S>
 class Network {
  public:
+  using Params = Rows<const S>;  // [P] of every task
+
   Network(const Program& program, const Backend<S>& backend)
       : program_(program), backend_(backend) {}
 
-  void forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, const Exec& exec) const;
+  void forward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const Exec& exec) const;
   // Value and accuracy of the loss; with `gradient` the adjoint of the output as well.
-  void loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient, double* value,
-            double* accuracy, const Exec& exec) const;
+  void loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient, const Metrics& metrics,
+            const Exec& exec) const;
   // From the adjoint `dz` of the output to dw [P], which may be null; fills the tape's adjoints.
-  void backward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz, S* dw,
+  void backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz, Rows<S> dw,
                 const Update<S>& update, const Exec& exec) const;
-  void tangent_forward(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
+  void tangent_forward(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
                        const Tangent<S>& tangent, const Exec& exec,
                        const std::uint8_t* still = nullptr) const;
   // out = Hessian of the loss with respect to the output, times the output's tangent
   void loss_hessian(const Batch<S>& batch, const Tape<S>& tape, const Tangent<S>& tangent, S* out,
                     const Exec& exec) const;
-  void tangent_backward(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
-                        const Tangent<S>& tangent, S* tdw, const Update<S>& update,
+  void tangent_backward(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
+                        const Tangent<S>& tangent, Rows<S> tdw, const Update<S>& update,
                         const Exec& exec, const std::uint8_t* still = nullptr) const;
 
   // forward, loss and backward, a chunk of samples at a time
-  double gradient(const S* theta, const Batch<S>& batch, const Tape<S>& tape, S* dw,
-                  const Update<S>& update, double* accuracy, const Exec& exec) const;
+  void gradient(Params theta, const Batch<S>& batch, const Tape<S>& tape, Rows<S> dw,
+                const Update<S>& update, const Metrics& metrics, const Exec& exec) const;
   // tdw = H tw, from the tape that `gradient` left, a chunk at a time. `tw` is zero on layers that
   // `still` marks ([layers], may be null). Where all samples are one chunk, tdw may be tw.
-  void hessian_vector(const S* theta, const S* tw, const Batch<S>& batch, const Tape<S>& tape,
-                      const Tangent<S>& tangent, S* tdw, const Update<S>& update, const Exec& exec,
-                      const std::uint8_t* still = nullptr) const;
+  void hessian_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
+                      const Tangent<S>& tangent, Rows<S> tdw, const Update<S>& update,
+                      const Exec& exec, const std::uint8_t* still = nullptr) const;
+  // out = J' H_loss J tw likewise, J being the derivative of the outputs. Takes the tape's
+  // adjoints.
+  void gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
+                           const Tangent<S>& tangent, Rows<S> out, const Exec& exec) const;
 
  private:
-  LayerArgs<S> args(size_t l, const S* theta, const Batch<S>& batch, const Tape<S>& tape) const;
+  LayerArgs<S> args(size_t l, Params theta, const Batch<S>& batch, const Tape<S>& tape) const;
   Batch<S> slice(const Batch<S>& batch, index_t first, index_t samples) const;
   // Runs a pass that leaves layer l's dw at `where` (a field of a) and updates its slice of `out`.
   void update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a, S* LayerArgs<S>::* where,
-                    S* out, const Update<S>& update, const Exec& exec) const;
+                    Rows<S> out, const Update<S>& update, const Exec& exec) const;
   LossArgs<S> loss_args(const Batch<S>& batch, const Tape<S>& tape) const;
   const LayerOps<S>& ops(size_t l) const { return backend_.layers[int(program_.layers()[l].kind)]; }
   size_t depth() const { return program_.layers().size(); }

@@ -1,5 +1,5 @@
-// What a call of the driver is given. Pointers are to the caller's memory, in the model's layout
-// (channels first, PyTorch's weights), tasks first.
+// What a call of the driver is given. Pointers are to the caller's memory, which is the backend's,
+// in the model's layout (channels first, PyTorch's weights), tasks first.
 #pragma once
 
 #include <vector>
@@ -34,6 +34,8 @@ struct Rates {
   RateLayout layout = RateLayout::scalar;
   index_t steps = 1;                  // K'; later steps reuse the last row
   std::vector<std::uint8_t> adapted;  // per tensor: does the inner loop change it
+  // The same in backend memory; null where the host's will do.
+  const std::uint8_t* adapted_there = nullptr;
 };
 
 // Keep every support step's activations for the chain, or compute them again there.
@@ -42,12 +44,21 @@ enum class Memory : int { automatic, keep, recompute };
 // `automatic` keeps while all that is kept takes no more than this.
 constexpr index_t kKeepBytes = index_t(512) << 20;
 
+// What all calls have in common.
 template <class S>
-struct MetaCall {
+struct Call {
   const Program* program = nullptr;
   const Backend<S>* backend = nullptr;
+  Exec exec;                     // the stream and the precision of a backend that has those
+  const void* tables = nullptr;  // Program::tables in backend memory, where that isn't the host's
   index_t tasks = 0;
   index_t slots = 1;  // tasks in work at once: Backend::slots, asked once per call
+  // Tasks that pass through a slot together.
+  index_t together() const { return backend->lockstep ? tasks : 1; }
+};
+
+template <class S>
+struct MetaCall : Call<S> {
   index_t steps = 0;
   bool first_order = false;
   Memory memory = Memory::automatic;
@@ -55,18 +66,18 @@ struct MetaCall {
   TensorList<const S> params;
   Rates<S> rates;
   Samples<S> support, query;
-  TensorList<S> gradients;           // [...], mean over tasks
-  S* rate_gradient = nullptr;        // as rates.values, mean over tasks, or null
-  double* query_loss = nullptr;      // [T, K + 1]; NaN where the weight is zero
+  TensorList<S> gradients;     // [...], mean over tasks
+  S* rate_gradient = nullptr;  // as rates.values, mean over tasks, or null
+  // [T, K + 1]. Where the weight is zero they are NaN, or left as they are unless the backend's
+  // memory is the host's.
+  double* query_loss = nullptr;
   double* query_accuracy = nullptr;  // [T, K + 1]
 };
 
 // Adapts every task; evaluates on the query samples after each step when there are any.
 template <class S>
-struct AdaptCall {
-  const Program* program = nullptr;
-  const Backend<S>* backend = nullptr;
-  index_t tasks = 0, slots = 1, steps = 0;
+struct AdaptCall : Call<S> {
+  index_t steps = 0;
   TensorList<const S> params;
   Rates<S> rates;
   Samples<S> support, query;
@@ -79,23 +90,20 @@ enum class Product : int { forward, gradient, hessian, gauss_newton };
 
 // One pass or product per task.
 template <class S>
-struct ProductCall {
-  const Program* program = nullptr;
-  const Backend<S>* backend = nullptr;
-  index_t tasks = 0, slots = 1;
+struct ProductCall : Call<S> {
   Product product = Product::forward;
   TensorList<const S> params, vector;
   Samples<S> samples;
-  S* output = nullptr;     // forward: [T, N, outputs]
-  double* loss = nullptr;  // gradient: [T]
-  TensorList<S> result;    // the others: [T, ...]
+  S* output = nullptr;                          // forward: [T, N, outputs]
+  double *loss = nullptr, *accuracy = nullptr;  // gradient: [T]
+  TensorList<S> result;                         // the others: [T, ...]
 };
 
 // Bytes of workspace a call needs, and how they are made up.
 struct CallPlan {
   index_t bytes = 0;         // the whole workspace
-  index_t slots = 0;         // tasks in work at once
-  index_t slot_bytes = 0;    // per task in work
+  index_t slots = 0;         // tasks in work at once, or 1 for all of them in lockstep
+  index_t slot_bytes = 0;    // per slot
   index_t shared_bytes = 0;  // parameters, rates and per-task results
   index_t tape_bytes = 0;    // one support step's activations and adjoints
   bool kept = false;         // activations kept over the steps
@@ -104,6 +112,7 @@ struct CallPlan {
 
 template <class S>
 CallPlan plan_meta_gradient(const MetaCall<S>& call);
+// Returns the weighted query loss, mean over tasks; NaN where the host can't read the losses.
 template <class S>
 double meta_gradient(const MetaCall<S>& call, void* workspace);
 

@@ -50,53 +50,50 @@ class Products {
 
   void run() {
     backend_.for_each_task(
-        call_.tasks, plan_.slots,
-        [](void* self, index_t slot, index_t task, const Exec& exec) {
-          static_cast<const Products*>(self)->task(slot, task, exec);
+        call_.tasks, plan_.slots, call_.exec,
+        [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
+          static_cast<const Products*>(self)->work(slot, first, count, exec);
         },
         this);
   }
 
  private:
-  void task(index_t slot, index_t t, Exec exec) const {
-    S* base = slots_ + slot * plan_.slot;
-    S* theta = base + plan_.theta;
-    exec.scratch = base + plan_.scratch;
-    load_parameters(program_, backend_, call_.params, t, theta);
-    const Batch<S> batch = load_samples(program_, backend_, call_.samples, t, base + plan_.x);
-    const Tape<S> tape{&plan_.tape, base + plan_.tape_at};
-    if (call_.product == Product::forward) return forward(theta, batch, tape, t, exec);
-    S* result = base + plan_.result;
-    double accuracy;
+  using Params = Rows<const S>;
+
+  void work(index_t slot, index_t first, index_t count, Exec exec) const {
+    const index_t P = program_.param_count();
+    S* base = slots_ + slot * call_.together() * plan_.slot;
+    const auto at = [&](index_t offset) { return base + count * offset; };
+    exec.scratch = at(plan_.scratch);
+    load_parameters(call_, call_.params, first, count, {at(plan_.theta), P}, exec);
+    const Params theta{at(plan_.theta), P};
+    const Batch<S> batch = load_samples(call_, call_.samples, first, count, at(plan_.x), exec);
+    const Tape<S> tape{&plan_.tape, at(plan_.tape_at), count};
+    if (call_.product == Product::forward) return forward(theta, batch, tape, first, exec);
+    const Rows<S> result{at(plan_.result), P};
     if (call_.product == Product::gradient) {
-      call_.loss[t] = network_.gradient(theta, batch, tape, result, {}, &accuracy, exec);
+      network_.gradient(theta, batch, tape, result, {},
+                        {call_.loss + first, call_.accuracy + first}, exec);
     } else {
-      S* v = base + plan_.vector;
-      const Tangent<S> tangent{&plan_.tangent, base + plan_.tangent_at};
-      load_parameters(program_, backend_, call_.vector, t, v);
-      network_.gradient(theta, batch, tape, nullptr, {}, &accuracy, exec);
-      curvature(theta, v, batch, tape, tangent, result, exec);
+      load_parameters(call_, call_.vector, first, count, {at(plan_.vector), P}, exec);
+      const Params v{at(plan_.vector), P};
+      const Tangent<S> tangent{&plan_.tangent, at(plan_.tangent_at), count};
+      network_.gradient(theta, batch, tape, {}, {}, {}, exec);
+      if (call_.product == Product::hessian) {
+        network_.hessian_vector(theta, v, batch, tape, tangent, result, {}, exec);
+      } else {
+        network_.gauss_newton_vector(theta, v, batch, tape, tangent, result, exec);
+      }
     }
-    store_parameters(program_, backend_, result, call_.result, t);
+    store_parameters(call_, {result.data, P}, call_.result, first, count, exec);
   }
 
-  void curvature(const S* theta, const S* v, const Batch<S>& batch, const Tape<S>& tape,
-                 const Tangent<S>& tangent, S* result, const Exec& exec) const {
-    if (call_.product == Product::hessian) {
-      network_.hessian_vector(theta, v, batch, tape, tangent, result, {}, exec);
-      return;
-    }
-    network_.tangent_forward(theta, v, batch, tape, tangent, exec);
-    network_.loss_hessian(batch, tape, tangent, tangent.tdz(), exec);
-    network_.backward(theta, batch, tape, tangent.tdz(), result, {}, exec);
-  }
-
-  void forward(const S* theta, const Batch<S>& batch, const Tape<S>& tape, index_t t,
+  void forward(Params theta, const Batch<S>& batch, const Tape<S>& tape, index_t first,
                const Exec& exec) const {
     network_.forward(theta, batch, tape, exec);
     const index_t size = batch.samples * program_.output().size();
-    backend_.vector.scale(size, S(1), tape.y(program_.layers().size() - 1),
-                          call_.output + t * size);
+    backend_.vector.copy(batch.tasks, size, {tape.y(program_.layers().size() - 1), size},
+                         {call_.output + first * size, size}, exec);
   }
 
   const ProductCall<S>& call_;
@@ -114,15 +111,15 @@ CallPlan plan_product(const ProductCall<S>& call) {
   const ProductPlan plan = make_plan(call);
   CallPlan result;
   result.slots = plan.slots;
-  result.slot_bytes = plan.slot * index_t(sizeof(S));
-  result.tape_bytes = plan.tape.size * index_t(sizeof(S));
+  result.slot_bytes = call.together() * plan.slot * index_t(sizeof(S));
+  result.tape_bytes = call.together() * plan.tape.size * index_t(sizeof(S));
   result.bytes = result.slots * result.slot_bytes;
   return result;
 }
 
 template <class S>
 void product(const ProductCall<S>& call, void* workspace) {
-  check_labels(*call.program, call.samples, call.tasks, "y");
+  check_labels(call, call.samples, "y");
   const ProductPlan plan = make_plan(call);
   Products<S>(call, plan, static_cast<S*>(workspace)).run();
 }

@@ -1,5 +1,10 @@
 // A backend is a table: four passes per layer, losses, vector operations, and a way to run tasks.
 // The driver in meta/ knows nothing else, so it is written once.
+//
+// Every operation takes all tasks that it is given at once. The CPU is given one at a time, each on
+// a thread of its own; a backend in lockstep (a GPU) all of them. Backend memory is what its
+// operations read and write, and what the driver only reads or writes through them unless the
+// backend says `host_memory`. Operations are asynchronous there: a stream puts them in order.
 #pragma once
 
 #include "common/types.h"
@@ -8,11 +13,16 @@
 
 namespace fm {
 
-// Where a pass runs: a team of threads or a stream (`context`, null: this thread alone), and the
-// scratch memory it may use.
+// How a backend with tensor cores multiplies matrices of float32. float32 is as accurate as scalar
+// arithmetic; the others round the factors to 10 or 7 bits of fraction, and sum in float32.
+enum class Precision : int { float32, tf32, bfloat16 };
+
+// Where a pass runs: a team of threads or a stream (`context`, null: this thread alone, or the
+// default stream), and the scratch memory it may use: [T, scratch_count] elements.
 struct Exec {
   const void* context = nullptr;
   void* scratch = nullptr;
+  Precision precision = Precision::float32;
 };
 
 template <class S>
@@ -29,7 +39,7 @@ struct LossOps {
 };
 
 // Inner learning rates of one step, in the engine's layout: one per parameter, or one per segment
-// (a tensor) of the parameters.
+// (a tensor) of the parameters. All pointers are to backend memory.
 struct Segment {
   index_t offset, count;
 };
@@ -42,35 +52,96 @@ struct StepRates {
   const S* per_parameter = nullptr;  // [P]
 };
 
+// One vector per task, `stride` elements apart (0: all tasks share it).
 template <class S>
-struct VectorOps {
-  // out = theta - a (.) g
-  void (*descend)(const StepRates<S>&, const S* theta, const S* g, S* out);
-  // out = a (.) v
-  void (*scale_by_rates)(const StepRates<S>&, const S* v, S* out);
-  // per segment: out[segment] = -<g, v>
-  void (*segment_dots)(const StepRates<S>&, const S* g, const S* v, S* out);
-  // out = -g (.) v
-  void (*negative_product)(index_t n, const S* g, const S* v, S* out);
-  // out = base + alpha v (a null base is zero), where base may be out
-  void (*update)(index_t n, const S* base, S alpha, const S* v, S* out);
-  // out = alpha v, out += alpha v
-  void (*scale)(index_t n, S alpha, const S* v, S* out);
-  void (*add)(index_t n, S alpha, const S* v, S* out);
-  // out[j] = mean over t of values[t, j], t in ascending order, for begin <= j < end
-  void (*mean_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out);
-  // dst[e] = src[index[e]] and dst[index[e]] = src[e]; a null index copies
-  void (*gather)(index_t n, const std::int32_t* index, const S* src, S* dst);
-  void (*scatter)(index_t n, const std::int32_t* index, const S* src, S* dst);
-  // [N, channels, pixels] -> [N, pixels, channels]
-  void (*to_channels_last)(index_t n, index_t channels, index_t pixels, const S* src, S* dst);
+struct Rows {
+  S* data = nullptr;
+  index_t stride = 0;
+  FM_INLINE S* of(index_t task) const { return data + task * stride; }
 };
 
-// Outer optimizers, one parameter of n elements a call; `largest` and `buffer` may be null.
+// One tensor to be copied between the model's layout and the engine's, for every task: element
+// index[e] of the model's (null: e) is element e of the engine's. Strides are from task to task.
+template <class S>
+struct Move {
+  index_t n = 0;
+  const std::int32_t* index = nullptr;  // backend memory
+  Rows<const S> src;
+  Rows<S> dst;
+};
+
+// Tensors that one call of `gather` or `scatter` moves at most.
+constexpr index_t kMovesAtOnce = 16;
+
+template <class S>
+struct VectorOps {
+  // Each for t = 0 .. tasks - 1; `out` may be one of the inputs.
+
+  // out = theta - a (.) g, in the segments
+  void (*descend)(const StepRates<S>&, index_t tasks, Rows<const S> theta, Rows<const S> g,
+                  Rows<S> out, const Exec&);
+  // out = a (.) v, in the segments
+  void (*scale_by_rates)(const StepRates<S>&, index_t tasks, Rows<const S> v, Rows<S> out,
+                         const Exec&);
+  // per segment: out[segment] = -<g, v>
+  void (*segment_dots)(const StepRates<S>&, index_t tasks, Rows<const S> g, Rows<const S> v,
+                       Rows<S> out, const Exec&);
+  // out = -g (.) v
+  void (*negative_product)(index_t tasks, index_t n, Rows<const S> g, Rows<const S> v, Rows<S> out,
+                           const Exec&);
+  // out = base + alpha (*rate) v, where a null base is zero and a null rate (backend memory) one
+  void (*update)(index_t tasks, index_t n, Rows<const S> base, S alpha, const S* rate,
+                 Rows<const S> v, Rows<S> out, const Exec&);
+  // out = value, out = v, out += v
+  void (*fill)(index_t tasks, index_t n, S value, Rows<S> out, const Exec&);
+  void (*copy)(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&);
+  void (*add)(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&);
+  // out[j] = mean over t of values[t, j], t in ascending order, for begin <= j < end
+  void (*mean_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
+                    const Exec&);
+  // dst[e] = src[index[e]] and dst[index[e]] = src[e] of `count` <= kMovesAtOnce tensors (`moves`
+  // is host memory)
+  void (*gather)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
+  void (*scatter)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
+  // [n, channels, pixels] -> [n, pixels, channels]
+  void (*to_channels_last)(index_t n, index_t channels, index_t pixels, const S* src, S* dst,
+                           const Exec&);
+  // Rates of `rows` steps and n tensors, and their gradient; tensors that are not adapted
+  // (adapted[i] == 0; backend memory) have none:
+  // out[k, i] = adapted[i] ? values[k, i] : 0, where values is [rows, 1] unless `per_tensor`
+  void (*spread_rates)(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
+                       bool per_tensor, S* out, const Exec&);
+  // out[k, i] = adapted[i] ? values[k, i] : 0 if `per_tensor`, else the sum over i, ascending:
+  // out[k]
+  void (*collect_rates)(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
+                        bool per_tensor, S* out, const Exec&);
+};
+
+// Outer optimizers, a list of parameters (host memory) at a call. All pointers in it are to backend
+// memory; `largest` and `buffer` may be null. `lr` is backend memory; null: that of the options.
+template <class S>
+struct AdamTensor {
+  index_t n = 0;
+  const S* g = nullptr;
+  S *p = nullptr, *m = nullptr, *v = nullptr, *largest = nullptr;
+  float* step = nullptr;  // counts the steps: incremented before use
+};
+
+template <class S>
+struct SgdTensor {
+  index_t n = 0;
+  const S* g = nullptr;
+  S *p = nullptr, *buffer = nullptr;
+  bool first = false;  // the buffer holds nothing yet
+};
+
 template <class S>
 struct OptimizerOps {
-  void (*adam)(const math::AdamRule<S>&, index_t n, const S* g, S* p, S* m, S* v, S* largest);
-  void (*sgd)(const math::SgdRule<S>&, index_t n, const S* g, S* p, S* buffer);
+  void (*adam)(const math::AdamOptions&, const double* lr, const AdamTensor<S>*, index_t count,
+               const Exec&);
+  // `first` of the rule is not read
+  void (*sgd)(const math::SgdRule<S>&, const double* lr, const SgdTensor<S>*, index_t count,
+              const Exec&);
 };
 
 template <class S>
@@ -80,12 +151,18 @@ struct Backend {
   LossOps<S> losses[int(LossKind::count)];
   VectorOps<S> vector;
   OptimizerOps<S> optimizer;
-  // Tasks that are in work at the same time at most, each in a workspace slot of its own.
+  bool lockstep;      // takes all tasks at once, in one slot
+  bool host_memory;   // its memory is the host's, and operations are done when they return
+  bool tensor_cores;  // knows precisions other than float32
+  // Tasks that are in work at the same time at most, each in a workspace slot of its own; a backend
+  // in lockstep has one slot for all.
   index_t (*slots)(index_t tasks);
-  // Calls body(state, slot, task, exec) for every task, slot < slots. `exec.context` is set when
-  // the passes of a task may find others to share their loops; `scratch` is left to the body.
-  using Body = void (*)(void* state, index_t slot, index_t task, const Exec& exec);
-  void (*for_each_task)(index_t tasks, index_t slots, Body body, void* state);
+  // Calls body(state, slot, first, count, exec) for ranges of tasks that cover all, slot < slots;
+  // count is 1, or all tasks in lockstep. `exec.context` is set when the passes of a task may find
+  // others to share their loops, and to the stream of `exec` in lockstep; `scratch` is left to the
+  // body.
+  using Body = void (*)(void* state, index_t slot, index_t first, index_t count, const Exec& exec);
+  void (*for_each_task)(index_t tasks, index_t slots, const Exec& exec, Body body, void* state);
   // Calls body(state, begin, end) for disjoint ranges that cover [0, n).
   using Range = void (*)(void* state, index_t begin, index_t end);
   void (*for_each_range)(index_t n, index_t grain, Range body, void* state);

@@ -88,10 +88,13 @@ struct LayerArgs {
   S* tdx = nullptr;                                    // [T, N, in]
   S* tdw = nullptr;                                    // [T, P_l]
   S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
-  // Dense bilinear layers only: dw and tdw are dw_base + scale * the adjoint, with a scale for the
-  // weight and one for the bias. The base may be dw itself; null is zero.
-  const S* dw_base = nullptr;
+  // Dense bilinear layers only: dw and tdw are dw_base + scale * rate * the adjoint, with a scale
+  // and a rate for the weight and for the bias. The base may be dw itself; null is zero. Rates are
+  // numbers in backend memory, the same for all tasks; null is one.
+  const S* dw_base = nullptr;  // [T, P_l]
+  index_t dw_base_stride = 0;  // elements from task to task (0: shared)
   S weight_scale = 1, bias_scale = 1;
+  const S *weight_rate = nullptr, *bias_rate = nullptr;
 };
 
 // Batch norm sums the data of a task in at most this many parts, each with sums of its own.
@@ -101,19 +104,27 @@ constexpr index_t kStatisticParts = 16;
 index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
 
+// Parts that a backend in lockstep cuts the sum of a bilinear layer's weight gradient into, which
+// are added in order: as many as let few tasks fill a GPU, each in a place of param_count elements
+// in scratch. They don't depend on the number of tasks.
+index_t gradient_parts(const LayerDesc& desc, index_t samples);
+
 enum class LossKind : int { squared_error, cross_entropy, gaussian_policy, count };
 
 template <class S>
 struct LossArgs {
-  index_t samples = 0, outputs = 0;
+  index_t tasks = 1, samples = 0, outputs = 0;
   S scale = 1;
-  const S* z = nullptr;          // [N, outputs]
-  const void* target = nullptr;  // [N, .] of S, or [N] int64 labels
-  const S* tz = nullptr;         // [N, outputs]
-  S* dz = nullptr;               // [N, outputs]
-  S* tdz = nullptr;              // [N, outputs] the loss Hessian times tz
+  const S* z = nullptr;          // [T, N, outputs]
+  const void* target = nullptr;  // [T, N, .] of S, or [T, N] int64 labels
+  const S* tz = nullptr;         // [T, N, outputs]
+  S* dz = nullptr;               // [T, N, outputs], or null
+  S* tdz = nullptr;              // [T, N, outputs] the loss Hessian times tz
+  // Sums over a task's samples, `value_stride` elements from task to task, both null or neither. A
+  // label out of range makes the value, and dz of its sample, NaN.
   double* value = nullptr;
-  double* accuracy = nullptr;  // cross-entropy only, else NaN
+  double* accuracy = nullptr;  // share of the samples; cross-entropy only, else NaN
+  index_t value_stride = 1;
 };
 
 }  // namespace fm

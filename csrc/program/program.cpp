@@ -1,6 +1,7 @@
 #include "program/program.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -277,6 +278,7 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   for (const Parameter& p : parameters_) segments_.push_back({p.offset, p.count});
   fuse();
   choose_chunk();
+  place_tables();
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
 }
 
@@ -347,6 +349,24 @@ double Program::loss_scale(index_t samples) const {
   return (sum_over_ways_ ? outputs : 1.0) / n;
 }
 
+void Program::place_tables() {
+  table_bytes_ = align_up(index_t(segments_.size() * sizeof(Segment)), kAlignment);
+  for (Parameter& p : parameters_) {
+    p.table = table_bytes_;
+    table_bytes_ += align_up(index_t(p.index.size() * sizeof(std::int32_t)), kAlignment);
+  }
+}
+
+std::vector<char> Program::tables() const {
+  std::vector<char> bytes(table_bytes_);
+  std::memcpy(bytes.data(), segments_.data(), segments_.size() * sizeof(Segment));
+  for (const Parameter& p : parameters_) {
+    if (p.index.empty()) continue;
+    std::memcpy(bytes.data() + p.table, p.index.data(), p.index.size() * sizeof(std::int32_t));
+  }
+  return bytes;
+}
+
 index_t Program::target_size() const {
   if (loss_ == LossKind::cross_entropy) return 1;
   if (loss_ == LossKind::gaussian_policy) return output_.size() / 2 + 1;
@@ -366,10 +386,23 @@ index_t saved_count(const LayerDesc& d, index_t samples) {
   return 0;
 }
 
-// Scratch: the transposed weights and their tangents; two rows of batch norm's coefficients, and
-// two rows of sums a part, in double, which may take two elements each.
-index_t scratch_count(const LayerDesc& d, index_t) {
-  if (d.kind == LayerKind::bilinear) return 2 * d.param_count;
+// 64 tiles of 64 x 64 weights, so that four tasks have 256 for the 132 multiprocessors of a large
+// GPU; but no part of less than 512 pixels, and at most 2^18 elements in all.
+index_t gradient_parts(const LayerDesc& d, index_t samples) {
+  const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
+  const index_t tiles = ((inputs + 63) / 64) * ((d.out.channels + 63) / 64);
+  const index_t useful = samples * d.out.pixels() / 512;
+  const index_t room = (index_t(1) << 18) / max_of<index_t>(1, d.param_count);
+  return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
+}
+
+// Scratch: the transposed weights and their tangents, or the parts of a weight gradient; two rows
+// of batch norm's coefficients, and two rows of sums a part, in double, which may take two elements
+// each.
+index_t scratch_count(const LayerDesc& d, index_t samples) {
+  if (d.kind == LayerKind::bilinear) {
+    return max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count;
+  }
   if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
     return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
   }

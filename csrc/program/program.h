@@ -34,6 +34,7 @@ struct Parameter {
   std::string name;
   index_t offset = 0, count = 0;    // in the engine's layout
   std::vector<std::int32_t> index;  // empty: the layouts agree
+  index_t table = 0;                // where the index lies in Program::tables, in bytes
 };
 
 class Program {
@@ -46,6 +47,10 @@ class Program {
   const std::vector<std::string>& names() const { return names_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }
   const std::vector<Segment>& segments() const { return segments_; }
+  // What operations of a backend read of a program, for one whose memory isn't the host's: the
+  // segments, and every index behind them.
+  std::vector<char> tables() const;
+  index_t table_bytes() const { return table_bytes_; }
   index_t param_count() const { return param_count_; }  // engine's layout, padding included
   Shape input() const { return input_; }
   Shape output() const { return output_; }
@@ -61,6 +66,7 @@ class Program {
  private:
   void fuse();
   void choose_chunk();
+  void place_tables();
 
   Shape input_, output_;
   std::vector<LayerDesc> layers_;
@@ -68,7 +74,7 @@ class Program {
   std::vector<Parameter> parameters_;
   std::vector<Segment> segments_;
   std::vector<std::unique_ptr<ConvGeometry>> geometries_;
-  index_t param_count_ = 0, first_trainable_ = 0, chunk_ = 0;
+  index_t param_count_ = 0, first_trainable_ = 0, chunk_ = 0, table_bytes_ = 0;
   LossKind loss_ = LossKind::squared_error;
   bool sum_over_ways_ = false;
 };

@@ -26,8 +26,10 @@ from fastmaml.engines.native_arguments import (
     Samples,
     sample_arguments,
 )
-from fastmaml.engines.native_call import PreparedCall
-from fastmaml.losses import accuracy, resolve_loss
+from fastmaml.engines.native_call import PreparedCall, weighted_loss
+from fastmaml.engines.native_inductive import evaluate_inductive
+from fastmaml.engines.native_workspace import Calls
+from fastmaml.engines.placement import Placement, backend_for
 from fastmaml.tasks.batch import TaskBatch
 
 unavailable = _native.unavailable
@@ -41,8 +43,8 @@ class Plan(NamedTuple):
 
     Attributes:
         total: the whole workspace.
-        slots: tasks in work at once, one per thread.
-        slot: per task in work: K copies of the parameters and its activations.
+        slots: tasks in work at once, one per thread; 1 for all of them on a GPU.
+        slot: per slot: K copies of the parameters, and activations, of its tasks.
         shared: parameters, rates and per-task results.
         tape: activations and adjoints of one support step.
         kept: activations of all steps are kept for the chain; else recomputed.
@@ -56,7 +58,7 @@ class Plan(NamedTuple):
     kept: bool
 
 
-class NativeEngine:
+class NativeEngine(Calls):
     """Runs a lowered program; see `fastmaml.engines.base.Engine`.
 
     Args:
@@ -64,16 +66,25 @@ class NativeEngine:
         model: gives the parameters' shapes and order; never called or modified.
         memory: ``keep`` the activations of every inner step for the chain, or
             ``recompute`` them there; ``auto`` keeps up to 512 MiB.
+        backend: of the extension; ``None`` takes that of the model's device.
+        precision: how a GPU multiplies float32, see `Placement`.
 
     Raises:
-        ValueError: for an unknown ``memory``.
+        ValueError: for an unknown ``memory``, a backend that was not built, or a
+            precision that it doesn't know.
         NativeUnavailable: if the extension can't be loaded.
     """
 
     name = "native"
 
     def __init__(
-        self, program: LoweredProgram, model: nn.Module, *, memory: str = "auto"
+        self,
+        program: LoweredProgram,
+        model: nn.Module,
+        *,
+        memory: str = "auto",
+        backend: str | None = None,
+        precision: str = "float32",
     ) -> None:
         if memory not in _MEMORY:
             raise ValueError(
@@ -82,10 +93,13 @@ class NativeEngine:
         self._core = _native.core()
         self._program = program
         self._memory = _MEMORY[memory]
-        self._parameters = ParameterArguments(program.parameters, model)
+        self._device = device = next(model.parameters()).device
+        self._place = Placement(backend or backend_for(device), device, precision)
+        self._parameters = ParameterArguments(program.parameters, model, device)
         self._classes = program.loss.kind == "cross_entropy"
         self._programs: dict[tuple[int, ...], Any] = {}
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        self._stream = 0  # whose order the workspace is used in
         self._lock = threading.Lock()
         self._plan: Any = None
 
@@ -118,8 +132,11 @@ class NativeEngine:
         program = self._program_for(tasks.support_x)
         keep: list[Tensor] = []
         gradients, gradient_addresses = own.make(dtype)
-        query = torch.empty((2, tasks.tasks, steps + 1), dtype=torch.float64)
-        slopes = torch.empty(rates.values.numel() if rate_gradient else 0, dtype=dtype)
+        query = self._empty((2, tasks.tasks, steps + 1), torch.float64)
+        if not self._place.on_host:
+            query.fill_(torch.nan)
+        slopes = self._empty((rates.values.numel() if rate_gradient else 0,), dtype)
+        weights = step_weights(loss_weights, steps)
         plan = self._run(
             f"meta_gradient_{DTYPES[dtype]}",
             program,
@@ -127,7 +144,7 @@ class NativeEngine:
             steps,
             first_order,
             self._memory,
-            step_weights(loss_weights, steps),
+            weights,
             *own.addresses(params, dtype, tasks.tasks, keep),
             own.rates(rates, dtype, keep),
             self._samples("support_", tasks.support_x, tasks.support_y, dtype, keep),
@@ -136,10 +153,15 @@ class NativeEngine:
             _native.own_address(slopes) if rate_gradient else 0,
             _native.own_address(query[0]),
             _native.own_address(query[1]),
+            adapted=own.adapted(rates),
         )
+        if self._place.on_host:
+            loss = torch.tensor(plan.loss, dtype=dtype)
+        else:
+            loss = weighted_loss(query[0], weights).to(dtype)
         query = query.to(dtype)
         return MetaGradient(
-            loss=torch.tensor(plan.loss, dtype=dtype),
+            loss=loss,
             gradients=gradients,
             rate_gradient=own.rates_to_model(slopes, rates) if rate_gradient else None,
             query_loss=query[0],
@@ -196,9 +218,9 @@ class NativeEngine:
     ) -> StepMetrics:
         """See `fastmaml.engines.base.Engine.evaluate`."""
         if inductive:
-            return self._evaluate_inductive(params, rates, tasks, steps)
+            return evaluate_inductive(self, params, rates, tasks, steps)
         check_steps(steps)
-        query = torch.empty((2, tasks.tasks, steps + 1), dtype=torch.float64)
+        query = self._empty((2, tasks.tasks, steps + 1), torch.float64)
         self._adapt(
             params,
             rates,
@@ -215,7 +237,7 @@ class NativeEngine:
         """See `fastmaml.engines.base.Engine.forward`."""
         outputs = self._program_for(x).outputs
         dtype = self._parameters.dtype(params)
-        output = torch.empty((x.shape[0], x.shape[1], outputs), dtype=dtype)
+        output = self._empty((x.shape[0], x.shape[1], outputs), dtype)
         self._product(_FORWARD, params, x, None, output=_native.own_address(output))
         return output
 
@@ -224,11 +246,11 @@ class NativeEngine:
     ) -> tuple[Tensor, Named]:
         """See `fastmaml.engines.base.Engine.value_and_grad`."""
         dtype = self._parameters.dtype(params)
-        loss = torch.empty(x.shape[0], dtype=torch.float64)
+        metrics = self._empty((2, x.shape[0]), torch.float64)
         result, addresses = self._parameters.make(dtype, (x.shape[0],))
-        where = _native.own_address(loss)
-        self._product(_GRADIENT, params, x, y, loss=where, result=addresses)
-        return loss.to(dtype), result
+        where = _native.own_address(metrics[0]), _native.own_address(metrics[1])
+        self._product(_GRADIENT, params, x, y, metrics=where, result=addresses)
+        return metrics[0].to(dtype), result
 
     def hvp(self, params: Params, x: Tensor, y: Tensor, vector: Params) -> Named:
         """See `fastmaml.engines.base.Engine.hvp`."""
@@ -241,32 +263,6 @@ class NativeEngine:
         return self._curvature(_GAUSS_NEWTON, params, x, y, vector)
 
     # -- calls --------------------------------------------------------------------
-
-    def _run(self, name: str, *arguments: Any) -> Any:
-        """Calls the extension, with a larger workspace if it asks for one."""
-        call = getattr(self._core, name)
-        with self._lock:
-            space = self._workspace
-            plan = call(*arguments, (_native.own_address(space), space.numel()))
-            # again, since the number of threads may have grown in between
-            while plan.bytes > space.numel():
-                self._workspace = space = torch.empty(plan.bytes, dtype=torch.uint8)
-                plan = call(*arguments, (_native.own_address(space), space.numel()))
-            self._plan = plan
-        return plan
-
-    def _run_prepared(
-        self, call: Any, places: list[int], support_last: bool, query_last: bool
-    ) -> Any:
-        """As `_run`, for a prepared call; the caller holds the lock."""
-        lasts = support_last, query_last
-        space = self._workspace
-        found = call.run(places, *lasts, _native.own_address(space), space.numel())
-        while found is None:
-            self._workspace = space = torch.empty(call.plan.bytes, dtype=torch.uint8)
-            found = call.run(places, *lasts, _native.own_address(space), space.numel())
-        self._plan = call
-        return found
 
     def _adapt(
         self,
@@ -294,6 +290,7 @@ class NativeEngine:
             self._samples("query_", *query, dtype, keep) if query else NO_SAMPLES,
             adapted,
             *metrics,
+            adapted=own.adapted(rates),
         )
 
     def _curvature(
@@ -313,7 +310,7 @@ class NativeEngine:
         *,
         vector: Params | None = None,
         output: int = 0,
-        loss: int = 0,
+        metrics: tuple[int, int] = (0, 0),
         result: Sequence[int] = (),
     ) -> None:
         own = self._parameters
@@ -334,7 +331,7 @@ class NativeEngine:
             ),
             self._samples("", x, y, dtype, keep),
             output,
-            loss,
+            *metrics,
             result,
         )
 
@@ -361,40 +358,4 @@ class NativeEngine:
     ) -> Samples:
         size = self._program_for(x).target_size
         target = None if self._classes else (size,)
-        return sample_arguments(which, x, y, dtype, target, keep)
-
-    # -- inductive evaluation -----------------------------------------------------
-
-    def _evaluate_inductive(
-        self, params: Params, rates: Rates, tasks: TaskBatch, steps: int
-    ) -> StepMetrics:
-        rows = []
-        theta: Params = params
-        for k in range(steps + 1):
-            if k > 0:
-                step = Rates(rates.at(k - 1), rates.layout, False, rates.adapted)
-                theta = self.adapt(
-                    theta, step, tasks.support_x, tasks.support_y, steps=1
-                )
-            rows.append(self._score(self._inductive_outputs(theta, tasks), tasks))
-        loss = torch.stack([loss for loss, _ in rows], 1)
-        scores = torch.stack([score for _, score in rows], 1)
-        return StepMetrics(loss, scores if self._classes else None)
-
-    def _inductive_outputs(self, theta: Params, tasks: TaskBatch) -> Tensor:
-        """Outputs [T, Q, ...], each query passing alone beside the support samples."""
-        outputs = []
-        for q in range(tasks.query_size):
-            x = torch.cat([tasks.support_x, tasks.query_x[:, q : q + 1]], 1)
-            outputs.append(self.forward(theta, x)[:, -1:])
-        return torch.cat(outputs, 1)
-
-    def _score(self, outputs: Tensor, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Loss [T] and accuracy [T] (zero where there are no classes)."""
-        spec = self._program.loss
-        loss = resolve_loss(spec.kind, spec.reduction)
-        pairs = list(zip(outputs, tasks.query_y, strict=True))
-        losses = torch.stack([loss.function(*pair) for pair in pairs])
-        if not self._classes:
-            return losses, torch.zeros_like(losses)
-        return losses, torch.stack([accuracy(*pair) for pair in pairs])
+        return sample_arguments(which, x, y, dtype, target, keep, self._device)

@@ -30,9 +30,13 @@ class ParameterArguments:
     Args:
         names: of the program's parameters, in the order of its layers.
         model: gives their shapes, and the order that rates follow.
+        device: of everything that crosses.
     """
 
-    def __init__(self, names: Sequence[str], model: nn.Module) -> None:
+    def __init__(
+        self, names: Sequence[str], model: nn.Module, device: torch.device
+    ) -> None:
+        self._device = device
         own = dict(model.named_parameters())
         self.names = tuple(names)
         self.shapes = {n: tuple(own[n].shape) for n in names}
@@ -74,14 +78,17 @@ class ParameterArguments:
                 tensor = tensor.contiguous()
                 keep.append(tensor)
             shape = axis + self.shapes[name]
-            result.append(_native.address(name, tensor, dtype, shape))
+            result.append(_native.address(name, tensor, dtype, shape, self._device))
         return result, per_task
 
     def make(
         self, dtype: torch.dtype, axis: tuple[int, ...] = ()
     ) -> tuple[Named, list[int]]:
         """New tensors [*axis, ...] for results, and where they are."""
-        made = {n: torch.empty(axis + s, dtype=dtype) for n, s in self.shapes.items()}
+        made = {
+            n: torch.empty(axis + s, dtype=dtype, device=self._device)
+            for n, s in self.shapes.items()
+        }
         return made, [_native.own_address(t) for t in made.values()]
 
     def rates(
@@ -106,15 +113,19 @@ class ParameterArguments:
             values = self._permuted(values.reshape(rows, width), rates, to_model=False)
         values = values.contiguous()
         keep.append(values)
-        adapted = [rates.adapted is None or n in rates.adapted for n in self.names]
-        address = _native.address("rates", values, dtype, values.shape)
-        return address, LAYOUTS[rates.layout], rows, adapted
+        address = _native.address("rates", values, dtype, values.shape, self._device)
+        return address, LAYOUTS[rates.layout], rows, self.adapted(rates)
+
+    def adapted(self, rates: Rates) -> list[bool]:
+        """Whether the inner loop changes a parameter."""
+        return [rates.adapted is None or n in rates.adapted for n in self.names]
 
     def reads_rates_in_place(self, rates: Rates, dtype: torch.dtype) -> bool:
         """Whether `rates` hands over the values themselves, not a copy."""
         values = rates.values
         ordered = not self._reorder or rates.layout == "scalar"
-        return ordered and values.dtype == dtype and values.is_contiguous()
+        alike = values.dtype == dtype and values.device == self._device
+        return ordered and alike and values.is_contiguous()
 
     def rates_to_model(self, rows: Tensor, rates: Rates) -> Tensor:
         """A gradient for the rates, shaped and ordered like ``rates.values``."""
@@ -147,6 +158,7 @@ def sample_arguments(
     dtype: torch.dtype,
     target: tuple[int, ...] | None,
     keep: list[Tensor],
+    device: torch.device,
 ) -> Samples:
     """Addresses of inputs and targets, samples per task, whether channels are last.
 
@@ -157,6 +169,7 @@ def sample_arguments(
         dtype: of x, and of y unless it holds labels.
         target: shape of one sample's target; ``None`` for int64 labels.
         keep: takes what must outlive the call.
+        device: of x and y.
     """
     if x.shape[0] < 1 or x.shape[1] < 1:
         raise ValueError(
@@ -170,9 +183,9 @@ def sample_arguments(
             x = x.contiguous()
             keep.append(x)
     if channels_last:
-        address = _native.images_address(f"{which}x", x, dtype)
+        address = _native.images_address(f"{which}x", x, dtype, device)
     else:
-        address = _native.address(f"{which}x", x, dtype, x.shape)
+        address = _native.address(f"{which}x", x, dtype, x.shape, device)
     if y is None:
         return address, 0, x.shape[1], channels_last
     if not y.is_contiguous():
@@ -180,5 +193,5 @@ def sample_arguments(
         keep.append(y)
     shape = x.shape[:2] if target is None else (*x.shape[:2], *target)
     y_dtype = torch.int64 if target is None else dtype
-    y_address = _native.address(f"{which}y", y, y_dtype, shape)
+    y_address = _native.address(f"{which}y", y, y_dtype, shape, device)
     return address, y_address, x.shape[1], channels_last

@@ -8,6 +8,7 @@ gradients where they belong. This is the inside of `NativeEngine`, in a file of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,18 +33,19 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss: [] the meta-loss.
-        value: the same as a number.
-        accuracy: query accuracy after the last step, mean over tasks, or ``None``.
+        value: the same as a number; NaN if that would mean to wait for a GPU.
+        accuracy: query accuracy after the last step, mean over tasks, or ``None``
+            without classes; NaN likewise.
         tasks: T.
-        metrics: the bytes of [2, T, K+1] float64: query losses and accuracies after
-            each step; NaN where w_k is zero.
+        metrics: [2, T, K+1] float64: query losses and accuracies after each step; NaN
+            where w_k is zero. Its bytes, or a tensor on the GPU.
     """
 
     loss: Tensor
     value: float
     accuracy: float | None
     tasks: int
-    metrics: bytearray
+    metrics: bytearray | Tensor
 
 
 def tasks_key(tasks: TaskBatch) -> Key:
@@ -58,7 +60,7 @@ def tasks_key(tasks: TaskBatch) -> Key:
         query_x.shape,
         support_x.dtype,
         support_y.dtype,
-        support_x.is_cpu,
+        support_x.device,
     )
 
 
@@ -103,16 +105,21 @@ class PreparedCall:
         self._classes = engine._classes
         self._tasks = tasks.tasks
         self._images = tasks.support_x.dim() == 5
+        self._weights = step_weights(loss_weights, steps)
+        self._on_host = engine._place.on_host
+        self._shape = (2, tasks.tasks, steps + 1)
         keep: list[Tensor] = []
         _, layout, rows, adapted = own.rates(rates, self._dtype, keep)
+        program = engine._program_for(tasks.support_x)
         kind = {torch.float32: "PreparedFloat32", torch.float64: "PreparedFloat64"}
         self._call = getattr(engine._core, kind[self._dtype])(
-            engine._program_for(tasks.support_x),
+            engine._place.of(program, adapted),
+            program,
             tasks.tasks,
             steps,
             first_order,
             engine._memory,
-            step_weights(loss_weights, steps),
+            self._weights,
             tasks.support_size,
             tasks.query_size,
             layout,
@@ -138,7 +145,8 @@ class PreparedCall:
                 of the last call again means that its tensors have not moved.
 
         Raises:
-            ValueError: if labels are out of range; nothing is written then.
+            ValueError: if labels are out of range; nothing is written then. On a GPU
+                the loss is NaN instead.
         """
         keep: list[Tensor] = []
         support_x, support_y = tasks.support_x, tasks.support_y
@@ -148,6 +156,9 @@ class PreparedCall:
             support_x, support_last = self._in_order(support_x, keep)
             query_x, query_last = self._in_order(query_x, keep)
             support_y, query_y = support_y.contiguous(), query_y.contiguous()
+        if not self._on_host:
+            samples = (support_x, support_y, query_x, query_y)
+            return self._launch(samples, support_last, query_last, gradients, keep)
         loss = _EMPTY_LIKE(self._scalar)
         places = _native.addresses((support_x, support_y, query_x, query_y, loss))
         engine = self.engine
@@ -156,11 +167,42 @@ class PreparedCall:
             value, score, metrics = engine._run_prepared(
                 self._call, places, support_last, query_last
             )
-            if self._slopes is not None:
-                slopes = self._own.rates_to_model(self._slopes, self._rates)
-                gradients[-1].copy_(slopes)
+            self._finish(gradients)
         scores = score if self._classes else None
         return Outcome(loss, value, scores, self._tasks, metrics)
+
+    def _launch(
+        self,
+        samples: tuple[Tensor, ...],
+        support_last: bool,
+        query_last: bool,
+        gradients: Sequence[Tensor],
+        keep: list[Tensor],
+    ) -> Outcome:
+        """As `run`, without waiting for the results."""
+        engine = self.engine
+        metrics = torch.full(
+            self._shape, torch.nan, dtype=torch.float64, device=engine._device
+        )
+        with engine._lock:
+            self._place(gradients, keep)
+            engine._launch_prepared(
+                self._call,
+                _native.addresses(samples),
+                support_last,
+                query_last,
+                metrics,
+            )
+            self._finish(gradients)
+        loss = weighted_loss(metrics[0], self._weights).to(self._dtype)
+        scores = math.nan if self._classes else None
+        return Outcome(loss, math.nan, scores, self._tasks, metrics)
+
+    def _finish(self, gradients: Sequence[Tensor]) -> None:
+        """The gradient of the rates in the model's order, where that is another."""
+        if self._slopes is not None:
+            slopes = self._own.rates_to_model(self._slopes, self._rates)
+            gradients[-1].copy_(slopes)
 
     def _in_order(self, x: Tensor, keep: list[Tensor]) -> tuple[Tensor, bool]:
         """Inputs without gaps, and whether their channels are last."""
@@ -198,10 +240,24 @@ class PreparedCall:
             slopes = places[-1]
             if not self._rates_in_place:
                 count = self._rates.values.numel()
-                self._slopes = torch.empty(count, dtype=self._dtype)
+                self._slopes = self.engine._empty((count,), self._dtype)
                 slopes = _native.own_address(self._slopes)
         self._call.set_gradients([places[i] for i in self._order], slopes)
         self._gradient_places = places
+
+
+def weighted_loss(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """[] the mean over tasks of sum_k w_k times losses [T, K+1], where w_k != 0."""
+    used = [k for k, w in enumerate(weights) if w != 0]
+    if len(used) == 1:
+        (k,) = used
+        mean = losses[:, k].mean()
+        return mean if weights[k] == 1 else mean * weights[k]
+    # one kernel after the other instead of a tensor of weights: that would be a copy
+    total = losses.new_zeros(())
+    for k in used:
+        total = total + losses[:, k].mean() * weights[k]
+    return total
 
 
 class GradientTargets:
@@ -280,7 +336,7 @@ class GradientTargets:
 
 def fresh(p: Tensor) -> Tensor:
     """A new tensor, contiguous, as the parameter."""
-    return torch.empty(p.shape, dtype=p.dtype)
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
 def _quiet(p: Tensor) -> bool:
@@ -292,7 +348,7 @@ def _plain(gradient: Tensor, p: Tensor) -> bool:
     """Whether the engine can write here."""
     return (
         gradient.layout == torch.strided
-        and gradient.is_cpu
+        and gradient.device == p.device
         and gradient.dtype == p.dtype
         and gradient.shape == p.shape
         and gradient.is_contiguous()

@@ -20,7 +20,7 @@ class MetaLossDetails:
 
     _accuracy: float | None
     _loss: Tensor | torch.dtype
-    _metrics: tuple[Tensor | None, Tensor | None] | bytearray
+    _metrics: tuple[Tensor | None, Tensor | None] | bytearray | Tensor
     _tasks: int
     _value: float
 
@@ -40,19 +40,23 @@ class MetaLossDetails:
         dtype: torch.dtype,
         accuracy: float | None,
         tasks: int,
-        metrics: bytearray,
+        metrics: bytearray | Tensor,
+        loss: Tensor | None = None,
     ) -> MetaLossDetails:
         """From what the native engine leaves.
 
         Args:
-            value: the loss.
+            value: the loss; not read if there is a tensor of it.
             dtype: of the tensors to be.
-            accuracy: after the last step, mean over tasks; ``None`` without classes.
+            accuracy: after the last step, mean over tasks; ``None`` without classes,
+                and not read if the metrics are a tensor.
             tasks: T.
-            metrics: bytes of query losses and accuracies, [2, T, K+1] float64.
+            metrics: query losses and accuracies, [2, T, K+1] float64: bytes, or a
+                tensor on a GPU, which is waited for when somebody reads a number.
+            loss: [] on a GPU.
         """
         details = object.__new__(cls)
-        details._value, details._loss = value, dtype
+        details._value, details._loss = value, dtype if loss is None else loss
         details._accuracy, details._tasks, details._metrics = accuracy, tasks, metrics
         return details
 
@@ -78,12 +82,14 @@ class MetaLossDetails:
         """Accuracy after the last step, mean over tasks; ``None`` without classes."""
         if isinstance(self._metrics, bytearray):
             return self._accuracy
-        scores = self._metrics[1]
+        scores = self._both()[1]
         return None if scores is None else scores[:, -1].mean().item()
 
     def _both(self) -> tuple[Tensor | None, Tensor | None]:
-        if isinstance(self._metrics, bytearray):
-            found = torch.frombuffer(self._metrics, dtype=torch.float64)
+        if not isinstance(self._metrics, tuple):
+            found = self._metrics
+            if isinstance(found, bytearray):
+                found = torch.frombuffer(found, dtype=torch.float64)
             losses, scores = found.view(2, self._tasks, -1).to(self.loss.dtype)
             self._metrics = (losses, None if self._accuracy is None else scores)
         return self._metrics

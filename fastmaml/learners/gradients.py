@@ -105,8 +105,10 @@ class Gradients:
         except ValueError:
             learner._admit_tasks(tasks)  # which says it in the learner's words
             raise
+        metrics = found.metrics
+        there = None if isinstance(metrics, bytearray) else found.loss
         learner.last = MetaLossDetails.lazily(
-            found.value, learner._dtype, found.accuracy, found.tasks, found.metrics
+            found.value, learner._dtype, found.accuracy, found.tasks, metrics, there
         )
         return found.loss
 

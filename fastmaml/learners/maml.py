@@ -40,7 +40,12 @@ class MAML(Learner):
         batch_norm: ``batch`` uses batch statistics in every mode and leaves running
             buffers alone.
         engine: ``auto`` takes the native engine where it can run the model;
-            ``native`` makes the reasons against it an error; ``functional``.
+            ``native`` makes the reasons against it an error; ``functional``. For
+            tests, ``cpu_lockstep`` and ``cuda_emulated`` run CPU tensors as a GPU
+            would.
+        precision: how a GPU multiplies float32: ``float32`` as accurately as a CPU,
+            ``tf32`` or ``bfloat16`` with rounded factors, faster. The CPU has no
+            other than ``float32``.
         memory: activations of the native engine: ``keep``, ``recompute`` or ``auto``.
         chunk_size: tasks in flight on the functional engine; ``None`` means all.
         vectorize: ``False`` runs tasks one by one on the functional engine, for
@@ -65,7 +70,10 @@ class MAML(Learner):
         learn_rates: bool = False,
         adapted: Adapted = None,
         batch_norm: Literal["batch"] | None = None,
-        engine: Literal["auto", "native", "functional"] = "auto",
+        engine: Literal[
+            "auto", "native", "functional", "cpu_lockstep", "cuda_emulated"
+        ] = "auto",
+        precision: Literal["float32", "tf32", "bfloat16"] = "float32",
         memory: Literal["auto", "keep", "recompute"] = "auto",
         chunk_size: int | None = None,
         vectorize: bool = True,
@@ -75,6 +83,7 @@ class MAML(Learner):
                 f"model: expected a torch.nn.Module, got {type(model).__name__}"
             )
         check_choice("engine", engine)
+        check_choice("precision", precision)
         check_choice("memory", memory)
         resolved = resolve_loss(loss, reduction)
         settings = Settings(
@@ -90,7 +99,7 @@ class MAML(Learner):
             adapted=adapted_names(adapted, model),
             batch_norm=batch_norm,
         )
-        choice = EngineChoice(engine, memory, chunk_size, vectorize)
+        choice = EngineChoice(engine, memory, chunk_size, vectorize, precision)
         super().__init__(model, resolved, settings, choice)
 
 

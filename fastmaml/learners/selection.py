@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastmaml.compile import CompileReport, EngineReport, compile_module
 from fastmaml.engines.base import Engine
 from fastmaml.engines.functional import FunctionalEngine
 from fastmaml.engines.modes import check_modes
+from fastmaml.engines.placement import backend_for, missing
+from fastmaml.learners.settings import TEST_ENGINES
 from fastmaml.losses import Loss
 
 
@@ -19,16 +22,24 @@ class EngineChoice:
     """What the user asked for.
 
     Attributes:
-        engine: ``auto``, ``native`` or ``functional``.
+        engine: ``auto``, ``native``, ``functional``, or a backend for tests.
         memory: plan of the native engine.
         chunk_size: tasks in flight on the functional engine.
         vectorize: whether the functional engine batches tasks with vmap.
+        precision: of matrix products on a GPU.
     """
 
     engine: str = "auto"
     memory: str = "auto"
     chunk_size: int | None = None
     vectorize: bool = True
+    precision: str = "float32"
+
+    def backend(self, device: torch.device) -> str:
+        """Of the native engine, for tensors of a device."""
+        if self.engine in TEST_ENGINES:
+            return self.engine
+        return backend_for(device)
 
 
 def select_engine(
@@ -44,7 +55,8 @@ def select_engine(
 
     Raises:
         ValueError: if the native engine is asked for and can't run the model, or a
-            module's training mode has no meaning in an inner loop.
+            precision that it doesn't have there; if a module's training mode has no
+            meaning in an inner loop.
     """
     check_modes(model)
     if choice.engine == "functional":
@@ -54,9 +66,9 @@ def select_engine(
     obstacle = against or _obstacle(model, choice, compiled)
     if obstacle is None:
         return _native(model, choice, compiled)
-    if choice.engine == "native":
+    if choice.engine != "auto":
         raise ValueError(
-            f"engine='native' can't run this model: {obstacle}\n{compiled}"
+            f"engine={choice.engine!r} can't run this model: {obstacle}\n{compiled}"
         )
     return _functional(model, loss, choice, obstacle, compiled)
 
@@ -74,9 +86,14 @@ def _obstacle(
     if not choice.vectorize:
         return "vectorize=False was asked for"
     device = next(model.parameters()).device
-    if device.type != "cpu":
-        return f"the native engine has no backend for {device}"
-    return _missing()
+    backend = choice.backend(device)
+    if choice.engine in TEST_ENGINES and device.type != "cpu":
+        return f"it takes a model on the CPU, got one on {device}"
+    return _missing() or (
+        None
+        if (reason := missing(backend)) is None
+        else f"the native engine has no backend for {device}: {reason}"
+    )
 
 
 def _missing() -> str | None:
@@ -93,8 +110,19 @@ def _native(
     from fastmaml.engines.native import NativeEngine
 
     assert compiled.program is not None
-    engine = NativeEngine(compiled.program, model, memory=choice.memory)
+    backend = choice.backend(next(model.parameters()).device)
+    engine = NativeEngine(
+        compiled.program,
+        model,
+        memory=choice.memory,
+        backend=backend,
+        precision=choice.precision,
+    )
     why = "every layer has a native implementation"
+    if choice.engine in TEST_ENGINES:
+        why += f"; the {backend} backend was asked for"
+    if choice.precision != "float32":
+        why += f"; products in {choice.precision}"
     return engine, _report("native", model, why, compiled)
 
 
@@ -105,6 +133,11 @@ def _functional(
     why: str,
     compiled: CompileReport | None,
 ) -> tuple[Engine, EngineReport]:
+    if choice.precision != "float32":
+        raise ValueError(
+            f"precision={choice.precision!r} is one of the native engine on a GPU, but "
+            f"the functional engine runs this model: {why}; leave precision='float32'"
+        )
     engine = FunctionalEngine(
         model,
         loss.function,

@@ -13,10 +13,13 @@ from torch import nn
 from fastmaml.engines.base import RateLayout
 
 Adapted = Collection[str] | Callable[[str], bool] | None
+# the native engine on backends that serve tests
+TEST_ENGINES = ("cpu_lockstep", "cuda_emulated")
 _CHOICES = {
     "rates": ("scalar", "per_tensor", "per_parameter"),
     "batch_norm": (None, "batch"),
-    "engine": ("auto", "native", "functional"),
+    "engine": ("auto", "native", "functional", *TEST_ENGINES),
+    "precision": ("float32", "tf32", "bfloat16"),
     "memory": ("auto", "keep", "recompute"),
 }
 

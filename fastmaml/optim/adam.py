@@ -64,6 +64,7 @@ class _Moments(OneCall):
     def _call(self, call: Any, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         call.step(
+            self._where,
             float(group["lr"]),
             float(beta1),
             float(beta2),

@@ -71,6 +71,8 @@ class OneCall(Optimizer):
     A subclass writes ``_options``, ``_prepare`` and ``_call``.
     """
 
+    # backend (the CPU's), stream and address of the learning rate
+    _where = (0, 0, 0)
     _prepared: list[Prepared | None]
     _states: Any
 

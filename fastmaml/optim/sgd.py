@@ -78,6 +78,7 @@ class SGD(OneCall, torch.optim.SGD):
 
     def _call(self, call: Any, group: dict[str, Any]) -> None:
         call.step(
+            self._where,
             float(group["lr"]),
             group["momentum"],
             group["dampening"],

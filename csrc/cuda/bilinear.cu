@@ -1,0 +1,321 @@
+// Linear and Conv2d for all tasks at once: y = w * x + b, linear in w and in x.
+//
+//   backward           dx = w' dy            dw = dy x'             db = sum dy
+//   tangent_forward    ty = tw * x + w * tx + tb
+//   tangent_backward   tdx = w' tdy + tw' dy tdw = tdy x' + dy tx'  tdb = sum tdy
+//
+// x [T, N, in], y [T, N, out] channels last; w [T, kernel pixels * in channels, out channels] and
+// the bias behind it. A tangent is the same product with two operand pairs. This file turns a pass
+// into at most two products (bilinear.h), and chooses their arithmetic and tiles.
+//
+// Which arithmetic, and where a long sum is cut into parts, depends on the layer and the samples of
+// a task alone; tiles depend on the number of tasks too, but change no bit of a result. The parts
+// of `dw` are in scratch: [T, scratch_count], of which a task's parts come first.
+#include "cuda/bilinear.h"
+
+#include <limits>
+
+#include "cuda/kernels.h"
+
+namespace FM_CUDA {
+namespace {
+
+int small_int(index_t value, const char* what) {
+  require(value <= std::numeric_limits<int>::max(), "bilinear: ", what, " of one task are ", value,
+          ", at most 2^31 - 1 expected; pass fewer samples at a time");
+  return int(value);
+}
+
+ProductShape shape_of(const LayerDesc& d, index_t samples, Form form) {
+  const index_t kernel = d.window.kernel[0] * d.window.kernel[1];
+  const bool inputs = form == Form::inputs;
+  const Shape &source = inputs ? d.out : d.in, &pixels = inputs ? d.in : d.out;
+  small_int(samples * max_of(d.in.size(), d.out.size()), "activations");
+  require(max_of(source.height, source.width) < 1 << 14, "bilinear: images of up to ", 1 << 14,
+          " pixels in height and width expected, got ", source.height, " x ", source.width);
+  ProductShape s{};
+  s.samples = int(samples);
+  s.height = int(source.height);
+  s.width = int(source.width);
+  s.channels = int(source.channels);
+  s.pixel_height = int(pixels.height);
+  s.pixel_width = int(pixels.width);
+  for (int axis = 0; axis < 2; ++axis) {
+    s.kernel[axis] = int(d.window.kernel[axis]);
+    s.stride[axis] = int(d.window.stride[axis]);
+    s.padding[axis] = int(d.window.padding[axis]);
+  }
+  s.in = int(d.in.channels);
+  s.out = int(d.out.channels);
+  s.groups = 1;
+  s.by_channels = Divisor(s.channels);
+  s.by_pixels = Divisor(pixels.pixels());
+  s.by_pixel_width = Divisor(pixels.width);
+  const int inputs_of_output = small_int(kernel * d.in.channels, "weights");
+  const int all_pixels = int(samples * pixels.pixels());
+  switch (form) {
+    case Form::outputs:
+      s.rows = all_pixels;
+      s.columns = s.out;
+      s.depth = inputs_of_output;
+      break;
+    case Form::inputs: {
+      const auto each = [&](int axis, index_t n) {
+        return (n + s.stride[axis] - 1) / s.stride[axis];
+      };
+      s.groups = s.stride[0] * s.stride[1];
+      s.rows = int(samples * each(0, pixels.height) * each(1, pixels.width));
+      s.columns = s.in;
+      s.depth = int(each(0, s.kernel[0]) * each(1, s.kernel[1])) * s.out;
+      break;
+    }
+    case Form::weights: {
+      s.rows = inputs_of_output;
+      s.columns = s.out;
+      s.depth = all_pixels;
+      const index_t parts = gradient_parts(d, samples);
+      s.part = int(align_up((s.depth + parts - 1) / parts, kDepthAlign));
+      s.groups = max_of(1, (s.depth + s.part - 1) / max_of(1, s.part));
+      break;
+    }
+  }
+  return s;
+}
+
+// A block's time is about its multiplications, times 1 for a warp that holds 32 x 32 sums (64 x 64,
+// 128 x 32), 1.4 for 16 x 16 and 1.9 for 32 x 8: instructions that a warp issues for each mma, 4.3,
+// 7.7 and 14, against the 6.5 cycles of a TF32 mma. 1 + 16 / rows + 16 / columns gives these
+// ratios. Fewer than two blocks for each of an H100's 132 multiprocessors are no faster than two.
+TileShape choose_tile(const ProductShape& s, index_t tasks) {
+  TileShape best = TileShape::t64x64;
+  double least = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < int(TileShape::count); ++i) {
+    const double rows = kTileRows[i], columns = kTileColumns[i];
+    const double blocks = double(tasks) * s.groups * blocks_for(s.rows, kTileRows[i]) *
+                          blocks_for(s.columns, kTileColumns[i]);
+    const double cost = max_of(blocks, 264.0) * rows * columns * (1 + 16 / rows + 16 / columns);
+    if (cost < least) {
+      least = cost;
+      best = TileShape(i);
+    }
+  }
+  return best;
+}
+
+template <class S>
+bool aligned(const S* p, index_t stride) {
+  return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && stride * index_t(sizeof(S)) % 16 == 0;
+}
+
+constexpr unsigned kReduceBlock = 128;
+
+template <class S>
+struct Reduce {
+  const S* parts;
+  S* result;
+  const S* base;
+  index_t parts_stride, part_stride, result_stride, base_stride;  // elements
+  index_t tasks, weights, bias_offset, outputs;
+  int count;
+  S weight_scale, bias_scale;
+  const S *weight_rate, *bias_rate;
+};
+
+// result = base + scale * rate * the sum of a task's parts, in ascending order
+template <class S>
+FM_KERNEL void bilinear_reduce_kernel(const Reduce<S> p) {
+  index_t e = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (e >= p.weights + p.outputs) return;
+  const bool is_bias = e >= p.weights;
+  if (is_bias) e += p.bias_offset - p.weights;
+  const S* rate = is_bias ? p.bias_rate : p.weight_rate;
+  const S scale = (is_bias ? p.bias_scale : p.weight_scale) * (rate ? *rate : S(1));
+  for (index_t task = blockIdx.y; task < p.tasks; task += gridDim.y) {
+    const S* part = p.parts + task * p.parts_stride + e;
+    S sum = 0;
+    for (int i = 0; i < p.count; ++i) sum += part[i * p.part_stride];
+    p.result[task * p.result_stride + e] =
+        (p.base ? p.base[task * p.base_stride + e] : S(0)) + scale * sum;
+  }
+}
+
+// The passes of one layer.
+template <class S>
+class Passes {
+ public:
+  Passes(const LayerArgs<S>& args, const Exec& exec, Chooser chooser)
+      : a_(args),
+        d_(*args.desc),
+        exec_(exec),
+        chooser_(chooser),
+        in_(args.samples * d_.in.size()),
+        out_(args.samples * d_.out.size()) {}
+
+  void run(Pass pass) const {
+    if (a_.tasks == 0) return;
+    switch (pass) {
+      case Pass::forward: {
+        Product<S> p = product(Form::outputs, {a_.x, a_.w, in_, a_.w_stride}, {});
+        p.relu = d_.relu;
+        return outputs(p, a_.w, a_.w_stride, a_.y);
+      }
+      case Pass::tangent_forward: {
+        Product<S> p = product(Form::outputs, {a_.x, a_.tw, in_, a_.tw_stride},
+                               {a_.tx, a_.w, in_, a_.w_stride});
+        p.mask = d_.relu ? a_.y : nullptr;
+        return outputs(p, a_.tw, a_.tw_stride, a_.ty);
+      }
+      case Pass::backward: {
+        inputs({a_.dy, a_.w, out_, a_.w_stride}, {}, a_.dx);
+        return weights({a_.x, a_.dy, in_, out_}, {}, a_.dw);
+      }
+      case Pass::tangent_backward: {
+        inputs({a_.tdy, a_.w, out_, a_.w_stride}, {a_.dy, a_.tw, out_, a_.tw_stride}, a_.tdx);
+        return weights({a_.x, a_.tdy, in_, out_}, {a_.tx, a_.dy, in_, out_}, a_.tdw);
+      }
+    }
+  }
+
+ private:
+  using Pair = OperandPair<S>;
+
+  // Pairs with a null operand are zero.
+  Product<S> product(Form form, Pair first, Pair second) const {
+    Product<S> p;
+    p.shape = shape_of(d_, a_.samples, form);
+    for (const Pair& pair : {first, second}) {
+      if (pair.a && pair.b) p.pair[p.pairs++] = pair;
+    }
+    return p;
+  }
+
+  using Launcher = void (*)(Product<S>, index_t, Choice, const Exec&);
+  void launch_with(Launcher launcher, Product<S>& p, S* result, index_t stride) const {
+    constexpr index_t kUnit = 16 / sizeof(S);
+    p.result = result;
+    p.result_stride = stride;
+    p.wide_a = p.shape.channels % kUnit == 0;
+    p.wide_b = p.shape.out % kUnit == 0;  // rows of the weights, and of dy
+    for (int i = 0; i < p.pairs; ++i) {
+      p.wide_a = p.wide_a && aligned(p.pair[i].a, p.pair[i].a_stride);
+      p.wide_b = p.wide_b && aligned(p.pair[i].b, p.pair[i].b_stride);
+    }
+    p.wide_out = p.shape.columns % 4 == 0 && aligned(result, stride) &&
+                 aligned(result, p.part_stride) && aligned(p.mask, stride) &&
+                 aligned(p.base, p.base_stride);
+    launcher(p, a_.tasks, chooser_(p.shape, a_.tasks, exec_.precision, sizeof(S)), exec_);
+  }
+
+  void outputs(Product<S>& p, const S* w, index_t w_stride, S* y) const {
+    if (d_.has_bias && w) {
+      p.bias = w + d_.bias_offset;
+      p.bias_stride = w_stride;
+    }
+    launch_with(launch_outputs<S>, p, y, out_);
+  }
+
+  void inputs(Pair first, Pair second, S* dx) const {
+    if (!dx) return;
+    Product<S> p = product(Form::inputs, first, second);
+    p.mask = d_.relu_input ? a_.x : nullptr;
+    launch_with(launch_inputs<S>, p, dx, in_);
+  }
+
+  void weights(Pair first, Pair second, S* dw) const {
+    if (!dw) return;
+    Product<S> p = product(Form::weights, first, second);
+    p.bias_offset = d_.has_bias ? d_.bias_offset : 0;
+    if (p.shape.groups > 1) {
+      S* parts = static_cast<S*>(exec_.scratch);
+      p.part_stride = d_.param_count;
+      launch_with(launch_weights<S>, p, parts, scratch_count(d_, a_.samples));
+      return reduce(p, dw);
+    }
+    p.base = a_.dw_base;
+    p.base_stride = a_.dw_base_stride;
+    p.weight_scale = a_.weight_scale;
+    p.bias_scale = a_.bias_scale;
+    p.weight_rate = a_.weight_rate;
+    p.bias_rate = a_.bias_rate;
+    launch_with(launch_weights<S>, p, dw, a_.dw_stride);
+  }
+
+  void reduce(const Product<S>& p, S* dw) const {
+    const Reduce<S> r{p.result,
+                      dw,
+                      a_.dw_base,
+                      p.result_stride,
+                      p.part_stride,
+                      a_.dw_stride,
+                      a_.dw_base_stride,
+                      a_.tasks,
+                      index_t(p.shape.rows) * p.shape.columns,
+                      d_.bias_offset,
+                      d_.has_bias ? p.shape.columns : 0,
+                      p.shape.groups,
+                      a_.weight_scale,
+                      a_.bias_scale,
+                      a_.weight_rate,
+                      a_.bias_rate};
+    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceBlock),
+                    unsigned(min_of<index_t>(a_.tasks, 65535)));
+    launch(bilinear_reduce_kernel<S>, grid, kReduceBlock, 0, exec_, r);
+  }
+
+  const LayerArgs<S>& a_;
+  const LayerDesc& d_;
+  const Exec& exec_;
+  Chooser chooser_;
+  index_t in_, out_;  // elements of a task's activations
+};
+
+}  // namespace
+
+// Products of vectors are not for tensor cores, which would multiply mostly zeros.
+Choice choose(const ProductShape& s, index_t tasks, Precision precision, std::size_t scalar_size) {
+  const TileShape tile = choose_tile(s, tasks);
+  if (scalar_size != sizeof(float) || s.columns < 4 || s.depth < 4) {
+    return {Arithmetic::scalar, tile};
+  }
+  switch (precision) {
+    case Precision::tf32:
+      return {Arithmetic::tf32, tile};
+    case Precision::bfloat16:
+      return {Arithmetic::bfloat16, tile};
+    default:
+      return {Arithmetic::split_tf32, tile};
+  }
+}
+
+template <class S>
+void bilinear_pass(Pass pass, const LayerArgs<S>& a, const Exec& exec, Chooser chooser) {
+  Passes<S>(a, exec, chooser).run(pass);
+}
+
+template <class S>
+void bilinear_forward(const LayerArgs<S>& a, const Exec& exec) {
+  bilinear_pass(Pass::forward, a, exec, choose);
+}
+template <class S>
+void bilinear_backward(const LayerArgs<S>& a, const Exec& exec) {
+  bilinear_pass(Pass::backward, a, exec, choose);
+}
+template <class S>
+void bilinear_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
+  bilinear_pass(Pass::tangent_forward, a, exec, choose);
+}
+template <class S>
+void bilinear_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
+  bilinear_pass(Pass::tangent_backward, a, exec, choose);
+}
+
+#define FM_INSTANTIATE(S)                                                       \
+  template void bilinear_pass(Pass, const LayerArgs<S>&, const Exec&, Chooser); \
+  template void bilinear_forward(const LayerArgs<S>&, const Exec&);             \
+  template void bilinear_backward(const LayerArgs<S>&, const Exec&);            \
+  template void bilinear_tangent_forward(const LayerArgs<S>&, const Exec&);     \
+  template void bilinear_tangent_backward(const LayerArgs<S>&, const Exec&)
+FM_INSTANTIATE(float);
+FM_INSTANTIATE(double);
+
+}  // namespace FM_CUDA

@@ -1,0 +1,404 @@
+// The sweeps that batch norm and its pooled form share. Formulas in math/normalize.h.
+//
+// A task's data are R rows of C channels. A block takes `lanes` packs of channels, one a thread,
+// and a part of the rows, blockDim / lanes at a time, so that accesses are whole lines. A pass is
+//
+//   sums   two sums per channel. A thread adds up to kRun terms in S before they join a sum in
+//          double; a tree over the block's threads follows, then the parts in ascending order
+//   map    every block adds up the parts' sums anew, gets the channels' statistics from them, and
+//          maps its share of the items; block 0 stores statistics and parameter adjoints as well
+//
+// in two launches, or in one where a block can take all rows of its channels. What is summed hangs
+// on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
+// less the channel's first value, which keeps the one-sweep variance accurate.
+// saved [6, C] per task: mean, r, s1 = mean(dz), s2 = mean(dz xhat), tmean, q, with dz the adjoint
+// behind the ReLU's mask, so that m1 = g s1 and m2 = g s2.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/pack.cuh"
+#include "math/normalize.h"
+#include "program/layer.h"
+
+namespace FM_CUDA {
+
+enum class Pass { forward, backward, tangent_forward, tangent_backward };
+
+// Data of row sweeps, per task: rows of C channels, and the distance from task to task.
+template <class S>
+struct NormRows {
+  const S *x = nullptr, *tx = nullptr, *dy = nullptr, *tdy = nullptr;
+  S* out = nullptr;
+  index_t x_stride = 0, tx_stride = 0, out_stride = 0;  // out_stride: of dy, tdy and out
+};
+
+template <class S>
+struct NormParams {
+  NormRows<S> rows;
+  int sum_items, map_items;  // of a task
+  int channels, lanes;
+  int parts;        // of the summed items
+  bool sums, maps;  // what this launch does: the parts' sums, the rest, or all with one part
+  bool relu;
+  double count, eps;  // elements that share their statistics
+  const S* first;     // x, whose first row centres the sums
+  index_t first_stride;
+  const S *scale, *tscale, *shift, *tshift;  // [C], null where absent or not perturbed
+  index_t w_stride, tw_stride;
+  S* saved;
+  index_t saved_stride;
+  double* partial;  // [T, parts, 2, C] in scratch memory, tasks `partial_stride` apart
+  index_t partial_stride;
+  S *dscale, *dshift;  // parameter adjoints or their tangents
+  index_t dw_stride;
+};
+
+constexpr int kRun = 64;
+constexpr unsigned kNormThreads = 128;  // that take packs; single elements take as many more
+
+template <class S, int W>
+constexpr unsigned kNormBlock = kNormThreads * (kPack<S> / W);
+
+// Coefficients of a channel; what a pass doesn't use is never loaded.
+template <class S>
+struct Channel {
+  S mean, r, scale, shift, tscale, tshift, tmean, q, m1, m2, tm1, tm2;
+  bool relu;
+
+  FM_DEVICE S normalized(S x) const { return math::normalized(x, mean, r); }
+  FM_DEVICE S output(S xhat) const { return scale * xhat + shift; }
+  // v where the ReLU lets it pass, which as in PyTorch includes NaN
+  FM_DEVICE S masked(S xhat, S v) const { return relu && output(xhat) <= S(0) ? S(0) : v; }
+  FM_DEVICE S tangent(S tx, S xhat) const { return math::normalize_tangent(tx, xhat, r, tmean, q); }
+};
+
+// From what earlier passes saved and, if not null, the two statistics that this one has found.
+template <Pass P, class S>
+FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, const S* found,
+                                int width) {
+  const S* saved = p.saved + task * p.saved_stride + c;
+  const auto of = [=](const S* v, index_t stride, S otherwise) {
+    return v ? v[task * stride + c] : otherwise;
+  };
+  Channel<S> k{};
+  k.relu = p.relu;
+  k.scale = of(p.scale, p.w_stride, S(1));
+  k.shift = of(p.shift, p.w_stride, S(0));
+  if constexpr (P == Pass::forward) {
+    if (found) k.mean = found[0], k.r = found[width];
+    return k;
+  }
+  k.mean = saved[0];
+  k.r = saved[p.channels];
+  if constexpr (P == Pass::backward) {
+    if (found) k.m1 = k.scale * found[0], k.m2 = k.scale * found[width];
+    return k;
+  }
+  k.tscale = of(p.tscale, p.tw_stride, S(0));
+  k.tshift = of(p.tshift, p.tw_stride, S(0));
+  if constexpr (P == Pass::tangent_forward) {
+    if (found) k.tmean = found[0], k.q = found[width];
+    return k;
+  }
+  k.tmean = saved[4 * p.channels];
+  k.q = saved[5 * p.channels];
+  if (found) {
+    const S s1 = saved[2 * p.channels], s2 = saved[3 * p.channels];
+    k.m1 = k.scale * s1;
+    k.m2 = k.scale * s2;
+    k.tm1 = k.scale * found[0] + k.tscale * s1;
+    k.tm2 = k.scale * found[width] + k.tscale * s2;
+  }
+  return k;
+}
+
+// The statistics of channel c from its two sums; `owner` stores them and the parameter adjoints.
+template <Pass P, class S>
+FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, double sum1,
+                               double sum2, bool owner, S* found, int width) {
+  S* saved = p.saved + task * p.saved_stride + c;
+  const double mean1 = sum1 / p.count, mean2 = sum2 / p.count;
+  S first = S(mean1), second = S(mean2);
+  if constexpr (P == Pass::forward) {
+    // no maximum with zero: a NaN in the data must reach the output
+    const double variance = mean2 - mean1 * mean1;
+    first = S(double(p.first[task * p.first_stride + c]) + mean1);
+    second = S(1.0 / std::sqrt((variance < 0 ? 0.0 : variance) + p.eps));
+  } else if constexpr (P == Pass::tangent_forward) {
+    second = S(double(saved[p.channels]) * mean2);
+  }
+  found[0] = first;
+  found[width] = second;
+  if (!owner) return;
+  if constexpr (P != Pass::tangent_backward) {
+    constexpr int row = 2 * int(P);
+    saved[row * p.channels] = first;
+    saved[(row + 1) * p.channels] = second;
+  }
+  if constexpr (P == Pass::backward || P == Pass::tangent_backward) {
+    if (p.dshift) p.dshift[task * p.dw_stride + c] = S(sum1);
+    if (p.dscale) p.dscale[task * p.dw_stride + c] = S(sum2);
+  }
+}
+
+// What one element adds to the sums of a pass.
+template <Pass P, class S>
+FM_DEVICE void add_terms(const Channel<S>& k, S x, S tx, S dy, S tdy, S first, S& sum1, S& sum2) {
+  if constexpr (P == Pass::forward) {
+    const S v = x - first;
+    sum1 += v;
+    sum2 += v * v;
+    return;
+  }
+  const S xhat = k.normalized(x);
+  if constexpr (P == Pass::backward) {
+    const S dz = k.masked(xhat, dy);
+    sum1 += dz;
+    sum2 += dz * xhat;
+  } else if constexpr (P == Pass::tangent_forward) {
+    sum1 += tx;
+    sum2 += tx * xhat;
+  } else {
+    const S dz = k.masked(xhat, dy), tdz = k.masked(xhat, tdy);
+    sum1 += tdz;
+    sum2 += tdz * xhat + dz * k.tangent(tx, xhat);
+  }
+}
+
+// Adjoint of x, or its tangent, where h reaches the normalised value and th is h's tangent.
+template <Pass P, class S>
+FM_DEVICE S input_adjoint(const Channel<S>& k, S x, S tx, S h, S th) {
+  const S xhat = k.normalized(x);
+  const S dx = math::normalize_backward(h, xhat, k.r, k.m1, k.m2);
+  if constexpr (P == Pass::backward) return dx;
+  return math::normalize_tangent_backward(dx, th, xhat, k.tangent(tx, xhat), k.r, k.q, k.m2, k.tm1,
+                                          k.tm2);
+}
+
+// h and th from the adjoint of the output and its tangent, at the x that the output came from.
+template <Pass P, class S>
+FM_DEVICE void scaled_adjoint(const Channel<S>& k, S x, S dy, S tdy, S& h, S& th) {
+  const S xhat = k.normalized(x), dz = k.masked(xhat, dy);
+  h = k.scale * dz;
+  if constexpr (P == Pass::tangent_backward) {
+    th = k.scale * k.masked(xhat, tdy) + k.tscale * dz;
+  }
+}
+
+// Sweeps over rows. `item` is a row of the task.
+template <class S, int W, Pass P>
+struct RowSweep {
+  static constexpr bool kAdjoint = P == Pass::backward || P == Pass::tangent_backward;
+  static constexpr bool kTangent = P == Pass::tangent_forward || P == Pass::tangent_backward;
+  const NormParams<S>& p;
+  const S *x, *tx, *dy, *tdy;
+  S* out;
+  Channel<S> k[W];
+  Pack<S, W> first{};
+
+  FM_DEVICE RowSweep(const NormParams<S>& params, index_t task, int c, const S* found, int width)
+      : p(params) {
+    const NormRows<S>& r = p.rows;
+    x = r.x + task * r.x_stride + c;
+    tx = shifted(r.tx, task * r.tx_stride + c);
+    dy = shifted(r.dy, task * r.out_stride + c);
+    tdy = shifted(r.tdy, task * r.out_stride + c);
+    out = shifted(r.out, task * r.out_stride + c);
+    FM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      k[w] = channel_of<P>(p, task, c + w, found ? found + w : nullptr, width);
+    }
+    if (P == Pass::forward && !found) first = load<W>(p.first + task * p.first_stride + c);
+  }
+
+  struct Point {
+    Pack<S, W> x, tx{}, dy{}, tdy{};
+  };
+  FM_DEVICE Point at(index_t i) const {
+    Point v;
+    v.x = load<W>(x + i);
+    if constexpr (kTangent) v.tx = load_or_zero<W>(tx, i);
+    if constexpr (kAdjoint) v.dy = load<W>(dy + i);
+    if constexpr (P == Pass::tangent_backward) v.tdy = load<W>(tdy + i);
+    return v;
+  }
+
+  FM_DEVICE void sum(int item, S (&sum1)[W], S (&sum2)[W]) const {
+    const Point v = at(index_t(item) * p.channels);
+    FM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      add_terms<P>(k[w], v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w], first.at[w], sum1[w],
+                   sum2[w]);
+    }
+  }
+
+  FM_DEVICE void map(int item) const {
+    const index_t i = index_t(item) * p.channels;
+    const Point v = at(i);
+    Pack<S, W> result;
+    FM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      result.at[w] = element(k[w], v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
+    }
+    store(out + i, result);
+  }
+
+  FM_DEVICE static S element(const Channel<S>& k, S x, S tx, S dy, S tdy) {
+    if constexpr (kAdjoint) {
+      S h = 0, th = 0;
+      scaled_adjoint<P>(k, x, dy, tdy, h, th);
+      return input_adjoint<P>(k, x, tx, h, th);
+    }
+    const S xhat = k.normalized(x);
+    if constexpr (P == Pass::forward) {
+      const S y = k.output(xhat);
+      return k.relu && y < S(0) ? S(0) : y;
+    }
+    return k.masked(xhat, k.scale * k.tangent(tx, xhat) + k.tscale * xhat + k.tshift);
+  }
+};
+
+// One pass. `Sum` and `Map` are sweeps: made for a pack of channels, then called item by item.
+template <class S, int W, Pass P, class Sum, class Map, class Params>
+FM_DEVICE void norm_pass(const Params& p) {
+  const int lane = int(threadIdx.x) % p.lanes, row = int(threadIdx.x) / p.lanes;
+  const int rows = int(blockDim.x) / p.lanes, width = p.lanes * W;
+  const index_t task = blockIdx.z;
+  const int from = int(blockIdx.y) * width, c = from + lane * W;
+  const bool inside = c < p.channels;
+  double* sums = shared_memory<double>();  // [rows, 2, width]; in the end the sums are row 0
+  const auto cell = [=](int r, int which, int w) {
+    return ((r * 2 + which) * W + w) * p.lanes + lane;
+  };
+
+  if (p.sums) {
+    double total1[W] = {}, total2[W] = {};
+    if (inside) {
+      const Sum sweep(p, task, c, nullptr, width);
+      const int end = int(index_t(p.sum_items) * (blockIdx.x + 1) / p.parts);
+      int i = int(index_t(p.sum_items) * blockIdx.x / p.parts) + row;
+      while (i < end) {
+        const int stop = min_of(end, i + kRun * rows);
+        S sum1[W] = {}, sum2[W] = {};
+        FM_UNROLL_BY_FOUR
+        for (; i < stop; i += rows) sweep.sum(i, sum1, sum2);
+        FM_UNROLL
+        for (int w = 0; w < W; ++w) total1[w] += double(sum1[w]), total2[w] += double(sum2[w]);
+      }
+    }
+    FM_UNROLL
+    for (int w = 0; w < W; ++w) {
+      sums[cell(row, 0, w)] = total1[w];
+      sums[cell(row, 1, w)] = total2[w];
+    }
+    for (int half = rows / 2; half > 0; half /= 2) {
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < half * 2 * width; i += int(blockDim.x)) {
+        sums[i] += sums[i + half * 2 * width];
+      }
+    }
+    __syncthreads();
+  }
+  // place of a channel's sum in row 0 and in the scratch memory
+  double* parts = p.partial + task * p.partial_stride;
+  const auto place = [=](int which, int i) { return (which * W + i % W) * p.lanes + i / W; };
+  const auto kept = [=](int part, int which, int i) {
+    return (index_t(part) * 2 + which) * p.channels + from + i;
+  };
+  const int own = min_of(width, p.channels - from);
+  if (!p.maps) {
+    for (int i = int(threadIdx.x); i < 2 * own; i += int(blockDim.x)) {
+      parts[kept(int(blockIdx.x), i / own, i % own)] = sums[place(i / own, i % own)];
+    }
+    return;
+  }
+  S* found = reinterpret_cast<S*>(p.sums ? sums + rows * 2 * width : sums);
+  for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
+    double sum1 = 0, sum2 = 0;
+    if (p.sums) {
+      sum1 = sums[place(0, i)];
+      sum2 = sums[place(1, i)];
+    } else {
+      FM_UNROLL_BY_FOUR
+      for (int part = 0; part < p.parts; ++part) {
+        sum1 += parts[kept(part, 0, i)];
+        sum2 += parts[kept(part, 1, i)];
+      }
+    }
+    find_statistics<P>(p, task, from + i, sum1, sum2, blockIdx.x == 0, found + i, width);
+  }
+  __syncthreads();
+  if (!inside || !p.rows.out) return;
+  const Map sweep(p, task, c, found + lane * W, width);
+  const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
+  FM_UNROLL_BY_FOUR
+  for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
+    sweep.map(i);
+  }
+}
+
+// -- launches -------------------------------------------------------------------------------------
+
+// Parameters of a pass but for its rows, items and statistics' count.
+template <class S>
+NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
+  const LayerDesc& d = *a.desc;
+  const auto shift = [&](auto* w) { return d.has_bias && w ? w + d.bias_offset : nullptr; };
+  const auto scale = [&](auto* w) { return d.has_weight && w ? w : nullptr; };
+  NormParams<S> p{};
+  p.channels = int(d.in.channels);
+  p.relu = d.relu;
+  p.eps = d.eps;
+  p.count = double(a.samples * d.in.pixels());
+  p.first = a.x;
+  p.first_stride = a.samples * d.in.size();
+  p.scale = scale(a.w);
+  p.shift = shift(a.w);
+  p.tscale = scale(a.tw);
+  p.tshift = shift(a.tw);
+  p.w_stride = a.w_stride;
+  p.tw_stride = a.tw_stride;
+  p.saved = a.saved;
+  p.saved_stride = saved_count(d, a.samples);
+  p.partial = static_cast<double*>(exec.scratch);
+  p.partial_stride = scratch_count(d, a.samples) * index_t(sizeof(S)) / index_t(sizeof(double));
+  p.dscale = scale(dw);
+  p.dshift = shift(dw);
+  p.dw_stride = a.dw_stride;
+  return p;
+}
+
+// Runs a pass: `wide` takes packs, `narrow` single elements. `sum_rows` and `map_rows` are the rows
+// of data that are read for the summed and mapped items.
+template <class S, template <class> class Params>
+void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
+              index_t tasks, index_t sum_rows, index_t map_rows, bool packs, const Exec& exec) {
+  constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
+  constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
+  require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);
+  const index_t all = max_of(sum_rows, map_rows);
+  require(all < (index_t(1) << 31), name, ": expected fewer than 2^31 samples times pixels, got ",
+          all);
+  const bool alone = all <= kAlone;
+  p.parts = int(alone ? 1 : max_of<index_t>(1, min_of(kStatisticParts, sum_rows / kPart)));
+  int lanes = 1;
+  while (lanes < kMost && lanes * kPack<S> < p.channels) lanes *= 2;
+  while (lanes * 16 > kLineBytes && sum_rows / p.parts * lanes * 16 > kBlockBytes) lanes /= 2;
+  const int width = lanes * kPack<S>, rows = int(kNormThreads) / lanes;
+  packs = packs && p.channels % kPack<S> == 0;
+  p.lanes = packs ? lanes : width;
+  const unsigned threads = unsigned(rows * p.lanes);
+  const unsigned groups = unsigned(divide_up(p.channels, width));
+  const std::size_t found = 2 * width * sizeof(S), sums = rows * 2 * width * sizeof(double);
+  const auto go = [&](bool sum, bool map, index_t blocks) {
+    p.sums = sum;
+    p.maps = map;
+    launch_named(name, packs ? wide : narrow, dim3(unsigned(blocks), groups, unsigned(tasks)),
+                 threads, (sum ? sums : 0) + (map ? found : 0), exec, p);
+  };
+  if (alone) return go(true, true, 1);
+  go(true, false, p.parts);
+  go(false, true, p.rows.out ? divide_up(p.map_items, rows * kItems) : 1);
+}
+
+}  // namespace FM_CUDA

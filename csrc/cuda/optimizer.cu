@@ -1,0 +1,185 @@
+// Outer optimizers: formulas in math/optimizer.h.
+//
+// A launch takes up to kTensors parameters, whose pointers travel with it: a block takes kChunk
+// elements of one of them. Adam's step counters are in device memory, so that a captured step can
+// be replayed: a first, tiny launch increments them, and every block of the second works out its
+// tensor's rule from the counter once. So a step is two launches for Adam and one for SGD.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/pack.cuh"
+#include "math/optimizer.h"
+
+namespace FM_CUDA {
+namespace {
+
+constexpr int kTensors = 48, kEach = 4;
+constexpr index_t kChunk = index_t(kThreads) * kEach;
+
+template <class Tensor>
+struct TensorList {
+  Tensor tensors[kTensors];
+  unsigned first_block[kTensors + 1];
+  int count;
+
+  // The tensor that a block works on.
+  FM_DEVICE int of_block(unsigned block) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (block < first_block[middle] ? high : low) = middle;
+    }
+    return low;
+  }
+};
+
+// Calls body(list) for lists of tensors that cover all, none of them empty.
+template <class Tensor, class Body>
+void for_lists(const Tensor* tensors, index_t count, Body&& body) {
+  for (index_t i = 0; i < count;) {
+    TensorList<Tensor> list{};
+    for (; i < count && list.count < kTensors; ++i) {
+      if (tensors[i].n == 0) continue;
+      list.tensors[list.count] = tensors[i];
+      const index_t blocks = list.first_block[list.count] + divide_up(tensors[i].n, kChunk);
+      require(blocks < (index_t(1) << 31), "optimizer: expected fewer than 2^31 blocks");
+      list.first_block[++list.count] = unsigned(blocks);
+    }
+    if (list.count > 0) body(list);
+  }
+}
+
+template <class S>
+struct StepParams {
+  float* steps[kTensors];
+  int count;
+};
+
+template <class S>
+FM_KERNEL void count_steps_kernel(const StepParams<S> p) {
+  const int i = int(threadIdx.x);
+  if (i < p.count) *p.steps[i] += 1;
+}
+
+template <class S>
+struct AdamParams {
+  TensorList<AdamTensor<S>> list;
+  math::AdamOptions options;
+  const double* lr;  // null: that of the options
+};
+
+template <class S, bool Decay>
+FM_DEVICE void adam_element(const math::AdamRule<S>& r, const AdamTensor<S>& t, index_t i) {
+  const S before = t.p[i];
+  const S slope = math::outer_gradient<Decay>(r.sign, r.decay, t.g[i], before);
+  S mean = t.m[i], square = t.v[i];
+  math::adam_moments(r, slope, mean, square);
+  t.m[i] = mean;
+  t.v[i] = square;
+  if (t.largest) {
+    // NaN stays NaN, as it does in torch
+    const S largest = t.largest[i];
+    square = largest > square || largest != largest ? largest : square;
+    t.largest[i] = square;
+  }
+  t.p[i] = math::adam_update(r, before, mean, square);
+}
+
+template <class S>
+FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p) {
+  math::AdamRule<S>* rule = shared_memory<math::AdamRule<S>>();
+  const int index = p.list.of_block(blockIdx.x);
+  const AdamTensor<S>& t = p.list.tensors[index];
+  if (threadIdx.x == 0) {
+    math::AdamOptions options = p.options;
+    if (p.lr) options.lr = *p.lr;
+    *rule = math::adam_rule<S>(options, double(*t.step));
+  }
+  __syncthreads();
+  const math::AdamRule<S> r = *rule;
+  const index_t first = index_t(blockIdx.x - p.list.first_block[index]) * kChunk + threadIdx.x;
+  FM_UNROLL
+  for (int k = 0; k < kEach; ++k) {
+    const index_t i = first + k * index_t(kThreads);
+    if (i >= t.n) return;
+    if (r.decay != S(0)) {
+      adam_element<S, true>(r, t, i);
+    } else {
+      adam_element<S, false>(r, t, i);
+    }
+  }
+}
+
+template <class S>
+void adam(const math::AdamOptions& options, const double* lr, const AdamTensor<S>* tensors,
+          index_t count, const Exec& exec) {
+  for (index_t i = 0; i < count; i += kTensors) {
+    StepParams<S> p{};
+    p.count = int(min_of<index_t>(kTensors, count - i));
+    for (int k = 0; k < p.count; ++k) p.steps[k] = tensors[i + k].step;
+    launch(count_steps_kernel<S>, 1, 64, 0, exec, p);
+  }
+  for_lists(tensors, count, [&](const TensorList<AdamTensor<S>>& list) {
+    launch(adam_kernel<S>, list.first_block[list.count], kThreads, sizeof(math::AdamRule<S>), exec,
+           AdamParams<S>{list, options, lr});
+  });
+}
+
+template <class S>
+struct SgdParams {
+  TensorList<SgdTensor<S>> list;
+  math::SgdRule<S> rule;
+  const double* lr;
+};
+
+template <class S, bool Decay>
+FM_DEVICE void sgd_element(const math::SgdRule<S>& r, const SgdTensor<S>& t, index_t i) {
+  const S before = t.p[i];
+  S direction = math::outer_gradient<Decay>(r.sign, r.decay, t.g[i], before);
+  if (t.buffer) {
+    const S buffer = math::sgd_buffer(r, direction, r.first ? S(0) : t.buffer[i]);
+    t.buffer[i] = buffer;
+    direction = math::sgd_direction(r, direction, buffer);
+  }
+  t.p[i] = before - r.lr * direction;
+}
+
+template <class S>
+FM_KERNEL void __launch_bounds__(kThreads, 1) sgd_kernel(const SgdParams<S> p) {
+  const int index = p.list.of_block(blockIdx.x);
+  const SgdTensor<S>& t = p.list.tensors[index];
+  math::SgdRule<S> r = p.rule;
+  r.first = t.first;
+  if (p.lr) r.lr = S(*p.lr);
+  const index_t first = index_t(blockIdx.x - p.list.first_block[index]) * kChunk + threadIdx.x;
+  FM_UNROLL
+  for (int k = 0; k < kEach; ++k) {
+    const index_t i = first + k * index_t(kThreads);
+    if (i >= t.n) return;
+    if (r.decay != S(0)) {
+      sgd_element<S, true>(r, t, i);
+    } else {
+      sgd_element<S, false>(r, t, i);
+    }
+  }
+}
+
+template <class S>
+void sgd(const math::SgdRule<S>& rule, const double* lr, const SgdTensor<S>* tensors, index_t count,
+         const Exec& exec) {
+  for_lists(tensors, count, [&](const TensorList<SgdTensor<S>>& list) {
+    launch(sgd_kernel<S>, list.first_block[list.count], kThreads, 0, exec,
+           SgdParams<S>{list, rule, lr});
+  });
+}
+
+}  // namespace
+
+template <class S>
+OptimizerOps<S> optimizer_ops() {
+  return {adam<S>, sgd<S>};
+}
+
+template OptimizerOps<float> optimizer_ops();
+template OptimizerOps<double> optimizer_ops();
+
+}  // namespace FM_CUDA
