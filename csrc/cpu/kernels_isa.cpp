@@ -22,6 +22,7 @@
 #include "math/optimizer.h"
 #include "math/policy.h"
 #include "program/backend.h"
+#include "program/plan.h"
 
 #define FM_JOIN_(isa, dtype) isa##_##dtype
 #define FM_JOIN(isa, dtype) FM_JOIN_(isa, dtype)
@@ -41,6 +42,9 @@
 #include "cpu/loss.inl.h"
 #include "cpu/vector_ops.inl.h"
 #include "cpu/optimizer.inl.h"
+#include "cpu/rows.inl.h"
+#include "cpu/resident_plan.inl.h"
+#include "cpu/resident.inl.h"
 // clang-format on
 
 namespace FM_KERNELS {
@@ -93,6 +97,7 @@ const Backend<S>& backend() {
       {descend, scale_by_rates, segment_dots, negative_product, update, scale, add, mean_rows,
        gather, scatter, to_channels_last},
       {adam, sgd},
+      {resident_plan, resident_share, resident_task},
       task_slots,
       for_each_task,
       for_each_range};

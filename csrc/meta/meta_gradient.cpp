@@ -30,6 +30,8 @@ struct MetaPlan {
           late = 0, scratch = 0, slot = 0;
   index_t slots = 0;
   bool kept = false;
+  ResidentSizes resident;  // with a slot if the backend does a whole task in one call
+  index_t resident_theta = 0;
 };
 
 // Per layer: none of its parameters is adapted.
@@ -45,17 +47,50 @@ std::vector<std::uint8_t> still_layers(const MetaCall<S>& call) {
 }
 
 // Whether a chain step is lambda -= a (H lambda) with one number a, lambda being zero on layers
-// that stand still, and so needs no direction beside lambda.
+// that stand still.
 template <class S>
-bool moves_in_place(const MetaCall<S>& call) {
-  const Program& program = *call.program;
+bool has_one_rate(const MetaCall<S>& call) {
   if (call.rates.layout != RateLayout::scalar) return false;
-  for (const LayerDesc& d : program.layers()) {
+  for (const LayerDesc& d : call.program->layers()) {
     for (index_t i = 1; i < d.segments(); ++i) {
       if (call.rates.adapted[d.segment] != call.rates.adapted[d.segment + i]) return false;
     }
   }
-  return program.chunk(call.support.count) == call.support.count;
+  return true;
+}
+
+// Such a step needs no direction beside lambda.
+template <class S>
+bool moves_in_place(const MetaCall<S>& call) {
+  return has_one_rate(call) && call.program->chunk(call.support.count) == call.support.count;
+}
+
+// The call as a backend that does whole tasks would see it; without rates, which are nowhere yet.
+template <class S>
+ResidentCall<S> resident_call(const MetaCall<S>& call) {
+  ResidentCall<S> r;
+  r.program = call.program;
+  r.steps = call.steps;
+  r.support = call.support.count;
+  r.query = call.query.count;
+  r.first_order = call.first_order;
+  r.loss_weights = call.loss_weights.data();
+  r.rate_rows = call.rates.steps;
+  r.one_rate = has_one_rate(call) ? call.rates.values : nullptr;
+  r.adapted = call.rates.adapted.data();
+  return r;
+}
+
+// What the backend is not asked: a say about memory, gradients of rates, rates of single
+// parameters, parameters of a task's own, images.
+template <class S>
+ResidentSizes plan_resident(const MetaCall<S>& call) {
+  if (!call.backend->resident.plan || call.memory != Memory::automatic || call.rate_gradient ||
+      call.rates.layout == RateLayout::per_parameter || call.params.per_task ||
+      call.program->input().pixels() > 1) {
+    return {};
+  }
+  return call.backend->resident.plan(resident_call(call));
 }
 
 template <class S>
@@ -68,6 +103,7 @@ void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   plan.lambdas = shared.take(call.tasks * P);
   plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
   plan.mean = shared.take(max_of(P, R));
+  plan.resident_theta = shared.take(plan.resident.shared);
   plan.shared = shared.size();
 }
 
@@ -103,6 +139,14 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   const Program& program = *call.program;
   MetaPlan plan;
   plan.slots = call.slots;
+  plan.resident = plan_resident(call);
+  if (plan.resident.slot > 0) {
+    plan_shared(call, plan);
+    plan.kept = !call.first_order && call.steps > 0;
+    plan.slot = align_up(plan.resident.slot, kAlignment);
+    plan.support.size = plan.resident.tape;
+    return plan;
+  }
   plan.support = plan_tape(program, call.support.count, call.first_order);
   plan.query = plan_tape(program, program.chunk(call.query.count), true);
   plan.tangent = plan_tangent(program, program.chunk(call.support.count));
@@ -134,12 +178,16 @@ class MetaGradient {
     if (!call_.params.per_task) {
       load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
     }
-    backend_.for_each_task(
-        call_.tasks, plan_.slots,
-        [](void* self, index_t slot, index_t task, const Exec& exec) {
-          static_cast<const MetaGradient*>(self)->task(slot, task, exec);
-        },
-        this);
+    if (plan_.resident.slot > 0) {
+      run_resident();
+    } else {
+      backend_.for_each_task(
+          call_.tasks, plan_.slots,
+          [](void* self, index_t slot, index_t task, const Exec& exec) {
+            static_cast<const MetaGradient*>(self)->task(slot, task, exec);
+          },
+          this);
+    }
     mean(plan_.lambdas, program_.param_count());
     store_parameters(program_, backend_, shared_ + plan_.mean, call_.gradients, 0);
     if (call_.rate_gradient) {
@@ -149,6 +197,33 @@ class MetaGradient {
   }
 
  private:
+  void run_resident() {
+    resident_ = resident_call(call_);
+    resident_.rates = rates_.at(0).per_segment;
+    backend_.resident.share(resident_, shared_ + plan_.theta0, shared_ + plan_.resident_theta);
+    backend_.for_each_task(
+        call_.tasks, plan_.slots,
+        [](void* self, index_t slot, index_t task, const Exec&) {
+          static_cast<const MetaGradient*>(self)->resident_task(slot, task);
+        },
+        this);
+  }
+
+  void resident_task(index_t slot, index_t t) const {
+    const Batch<S> support = load_samples(program_, backend_, call_.support, t, (S*)nullptr);
+    const Batch<S> query = load_samples(program_, backend_, call_.query, t, (S*)nullptr);
+    const index_t row = t * (call_.steps + 1);
+    const ResidentTask<S> task{support.x,
+                               query.x,
+                               support.y,
+                               query.y,
+                               shared_ + plan_.lambdas + t * program_.param_count(),
+                               call_.query_loss + row,
+                               call_.query_accuracy + row};
+    backend_.resident.task(resident_, shared_ + plan_.resident_theta, slots_ + slot * plan_.slot,
+                           task);
+  }
+
   // One task in work.
   struct Work {
     S* base;
@@ -280,6 +355,7 @@ class MetaGradient {
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
   bool in_place_;
+  ResidentCall<S> resident_;
 };
 
 }  // namespace
@@ -295,6 +371,7 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.tape_bytes = plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
+  result.resident = plan.resident.slot > 0;
   return result;
 }
 

@@ -73,6 +73,43 @@ struct OptimizerOps {
   void (*sgd)(const math::SgdRule<S>&, index_t n, const S* g, S* p, S* buffer);
 };
 
+// A call whose tasks may each be done by one call of the backend, for networks so small that going
+// from layer to layer costs as much as the arithmetic.
+class Program;
+
+template <class S>
+struct ResidentCall {
+  const Program* program = nullptr;
+  index_t steps = 0, support = 0, query = 0;  // K, samples
+  bool first_order = false;
+  const double* loss_weights = nullptr;  // [K + 1]
+  const S* rates = nullptr;              // [rate_rows, segments]; later steps reuse the last row
+  index_t rate_rows = 1;
+  // One rate a step for all layers but those that stand still; null: rates differ.
+  const S* one_rate = nullptr;            // [rate_rows]
+  const std::uint8_t* adapted = nullptr;  // [segments] whether a tensor moves
+};
+
+template <class S>
+struct ResidentTask {
+  const S *support_x, *query_x;  // [N, in]
+  const void *support_y, *query_y;
+  S* lambda;                // [P] the task's meta-gradient
+  double *loss, *accuracy;  // [K + 1] of the query samples
+};
+
+struct ResidentSizes {
+  index_t shared = 0, slot = 0, tape = 0;  // elements; no slot: not this call
+};
+
+template <class S>
+struct ResidentOps {
+  ResidentSizes (*plan)(const ResidentCall<S>&);
+  // The parameters theta [P] that all tasks start from, as tasks read them.
+  void (*share)(const ResidentCall<S>&, const S* theta, S* shared);
+  void (*task)(const ResidentCall<S>&, const S* shared, S* slot, const ResidentTask<S>&);
+};
+
 template <class S>
 struct Backend {
   const char* name;
@@ -80,6 +117,7 @@ struct Backend {
   LossOps<S> losses[int(LossKind::count)];
   VectorOps<S> vector;
   OptimizerOps<S> optimizer;
+  ResidentOps<S> resident;
   // Tasks that are in work at the same time at most, each in a workspace slot of its own.
   index_t (*slots)(index_t tasks);
   // Calls body(state, slot, task, exec) for every task, slot < slots. `exec.context` is set when
