@@ -15,10 +15,9 @@ namespace FM_KERNELS {
 
 class Resident {
  public:
-  Resident(const ResidentCall<S>& call, const ResidentTask<S>& task, const S* theta0, S* slot)
-      : call_(call), task_(task), theta0_(theta0), slot_(slot) {
-    at_.plan(call);
-  }
+  Resident(const ResidentCall<S>& call, const Residence& at, const ResidentTask<S>& task,
+           const S* theta0, S* slot)
+      : call_(call), at_(at), task_(task), theta0_(theta0), slot_(slot) {}
 
   void run() const {
     const index_t K = call_.steps;
@@ -43,14 +42,9 @@ class Resident {
     for (int l = 0; l < at.depth; ++l) {
       const Stage& s = at.stages[l];
       const S* w = theta + s.layer->param_offset;
-      for (index_t i = 0; i < s.in && !s.single(); ++i) {
-        for (index_t o = 0; o < s.out; ++o) set[s.w + i * s.out_row + o] = w[i * s.out + o];
-      }
-      for (index_t o = 0; o < s.out && l > 0; ++o) {
-        for (index_t i = 0; i < s.in; ++i) set[s.wt + o * s.in_row + i] = w[i * s.out + o];
-      }
-      if (!s.layer->has_bias) continue;
-      for (index_t o = 0; o < s.out; ++o) set[s.b + o] = w[s.layer->bias_offset + o];
+      if (!s.single()) copy_rows(w, s.out, s.in, s.out, set + s.w, s.out_row);
+      if (l > 0) transpose(w, s.in, s.out, set + s.wt, s.in_row);
+      if (s.layer->has_bias) copy_rows(w + s.layer->bias_offset, 0, 1, s.out, set + s.b, 0);
     }
   }
 
@@ -207,15 +201,23 @@ class Resident {
     rows_product<false>(product);
   }
 
+  // as many samples at a time as a vector has lanes
   static void dots(const Stage& s, const Operands& pairs, const S* bias, index_t count, S* c) {
-    for (index_t n = 0; n < count; ++n) {
-      V sum{};
+    const V start = splat(bias ? *bias : S(0));
+    for (index_t first = 0; first < count; first += kLanes) {
+      const index_t samples = min_of(kLanes, count - first);
+      V sums[kLanes] = {};
       for (int i = 0; i < pairs.count; ++i) {
-        const S *x = pairs.pair[i].src + n * s.in_row, *w = pairs.pair[i].other;
-        for_columns(s.in,
-                    [&](auto lanes, index_t k) { sum += lanes.get(x + k) * lanes.get(w + k); });
+        const S *x = pairs.pair[i].src + first * s.in_row, *w = pairs.pair[i].other;
+        for_columns(s.in, [&](auto lanes, index_t k) {
+          const V weight = lanes.get(w + k);
+          for (index_t n = 0; n < samples; ++n) sums[n] += lanes.get(x + n * s.in_row + k) * weight;
+        });
       }
-      c[n * s.out_row] = (bias ? *bias : S(0)) + sum_lanes(sum);
+      sum_each<int(kLanes) / 2>(sums);
+      S values[kLanes];
+      store(values, start + sums[0]);
+      for (index_t n = 0; n < samples; ++n) c[(first + n) * s.out_row] = values[n];
     }
   }
 
@@ -308,47 +310,58 @@ class Resident {
   // To the engine's layout.
   void store_lambda() const {
     const S* lambda = slot_ + at_.lambda;
-    const auto copy = [](const S* from, index_t n, S* to) {
-      for_columns(n, [&](auto lanes, index_t c) { lanes.put(to + c, lanes.get(from + c)); });
-    };
     for (int l = 0; l < at_.depth; ++l) {
       const Stage& s = at_.stages[l];
       S* out = task_.lambda + s.layer->param_offset;
       if (s.single()) {
-        copy(lambda + s.wt, s.in, out);
-      } else if (s.out_row == s.out) {
-        copy(lambda + s.w, s.in * s.out, out);
+        copy_rows(lambda + s.wt, 0, 1, s.in, out, 0);
       } else {
-        for (index_t i = 0; i < s.in; ++i) {
-          copy(lambda + s.w + i * s.out_row, s.out, out + i * s.out);
-        }
+        copy_rows(lambda + s.w, s.out_row, s.in, s.out, out, s.out);
       }
-      if (s.layer->has_bias) copy(lambda + s.b, s.out, out + s.layer->bias_offset);
+      if (!s.layer->has_bias) continue;
+      copy_rows(lambda + s.b, 0, 1, s.out, out + s.layer->bias_offset, 0);
+    }
+  }
+
+  // Rows that lie `from_row` and `to_row` apart.
+  static void copy_rows(const S* from, index_t from_row, index_t rows, index_t columns, S* to,
+                        index_t to_row) {
+    if (from_row == columns && to_row == columns) {
+      columns *= rows;
+      rows = 1;
+    }
+    for (index_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+      for_columns(columns, [&](auto lanes, index_t c) { lanes.put(to + c, lanes.get(from + c)); });
     }
   }
 
   const ResidentCall<S>& call_;
+  const Residence& at_;
   const ResidentTask<S>& task_;
   const S* theta0_;
   S* slot_;
-  Residence at_;
 };
+
+// What tasks share: where everything is, then the parameters.
+constexpr index_t kResidenceRoom =
+    (index_t(sizeof(Residence) / sizeof(S)) / kAlignment + 1) * kAlignment;
 
 inline ResidentSizes resident_plan(const ResidentCall<S>& call) {
   Residence at;
   if (!at.plan(call)) return {};
-  return {at.params, at.slot, at.tape};
+  return {kResidenceRoom + at.params, at.slot, at.tape};
 }
 
 inline void resident_share(const ResidentCall<S>& call, const S* theta, S* shared) {
-  Residence at;
-  at.plan(call);
-  Resident::share(at, theta, shared);
+  Residence* at = new (shared) Residence;
+  at->plan(call);
+  Resident::share(*at, theta, shared + kResidenceRoom);
 }
 
 inline void resident_task(const ResidentCall<S>& call, const S* shared, S* slot,
                           const ResidentTask<S>& task) {
-  Resident(call, task, shared, slot).run();
+  const Residence& at = *std::launder(reinterpret_cast<const Residence*>(shared));
+  Resident(call, at, task, shared + kResidenceRoom, slot).run();
 }
 
 }  // namespace FM_KERNELS
