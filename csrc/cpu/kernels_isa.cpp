@@ -3,6 +3,7 @@
 // The build defines FM_ISA_NAME (baseline, avx2, avx512), FM_SCALAR and FM_DTYPE_NAME (f32, f64);
 // everything below lives in the namespace fm::cpu::<isa>_<dtype>, and the one symbol that leaves
 // this file is fm::cpu::<isa>_<dtype>::backend().
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

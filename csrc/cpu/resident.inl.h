@@ -310,9 +310,10 @@ class Resident {
   // To the engine's layout.
   void store_lambda() const {
     const S* lambda = slot_ + at_.lambda;
+    S* row = call_.lambdas + task_.task * call_.program->param_count();
     for (int l = 0; l < at_.depth; ++l) {
       const Stage& s = at_.stages[l];
-      S* out = task_.lambda + s.layer->param_offset;
+      S* out = row + s.layer->param_offset;
       if (s.single()) {
         copy_rows(lambda + s.wt, 0, 1, s.in, out, 0);
       } else {
@@ -342,26 +343,68 @@ class Resident {
   S* slot_;
 };
 
-// What tasks share: where everything is, then the parameters.
-constexpr index_t kResidenceRoom =
-    (index_t(sizeof(Residence) / sizeof(S)) / kAlignment + 1) * kAlignment;
+// The sum of rows over tasks, by a tree: node i at height h has those from i 2^h on below it, and
+// leaves their sum in the first. Whoever is done with the second half of a node adds up both, so
+// that rows mostly stay with the thread that wrote them, and the order depends on T alone.
+class RowTree {
+ public:
+  explicit RowTree(void* memory) : arrivals_(static_cast<Arrivals*>(memory)) {}
+
+  static index_t bytes(index_t tasks) { return tasks * index_t(sizeof(Arrivals)); }
+
+  void clear(index_t tasks) {
+    for (index_t i = 0; i < tasks; ++i) new (arrivals_ + i) Arrivals;
+  }
+
+  // Row `task` is finished. A node is known by the first task of its second half.
+  void arrive(S* rows, index_t tasks, index_t count, index_t task) {
+    for (index_t half = 1; half < tasks; half *= 2) {
+      const index_t first = task / (2 * half) * (2 * half), second = first + half;
+      if (second >= tasks) continue;  // no second half
+      if (arrivals_[second].count.fetch_add(1, std::memory_order_acq_rel) == 0) return;
+      S* FM_RESTRICT to = rows + first * count;
+      const S* FM_RESTRICT from = rows + second * count;
+      for (index_t i = 0; i < count; ++i) to[i] += from[i];
+    }
+  }
+
+ private:
+  struct alignas(kAlignment) Arrivals {  // a cache line each
+    std::atomic<int> count{0};
+  };
+  Arrivals* arrivals_;
+};
+
+// What tasks share: where everything is, the tree, then the parameters.
+struct SharedRoom {
+  static constexpr index_t kTree = (index_t(sizeof(Residence)) / kAlignment + 1) * kAlignment;
+  index_t params;  // elements
+  explicit SharedRoom(index_t tasks)
+      : params((kTree + kAlignment + RowTree::bytes(tasks)) / index_t(sizeof(S))) {}
+  static RowTree tree(S* shared) {
+    const auto address = reinterpret_cast<std::uintptr_t>(shared) + kTree;
+    return RowTree(reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+  }
+};
 
 inline ResidentSizes resident_plan(const ResidentCall<S>& call) {
   Residence at;
   if (!at.plan(call)) return {};
-  return {kResidenceRoom + at.params, at.slot, at.tape};
+  return {SharedRoom(call.tasks).params + at.params, at.slot, at.tape};
 }
 
 inline void resident_share(const ResidentCall<S>& call, const S* theta, S* shared) {
   Residence* at = new (shared) Residence;
   at->plan(call);
-  Resident::share(*at, theta, shared + kResidenceRoom);
+  SharedRoom::tree(shared).clear(call.tasks);
+  Resident::share(*at, theta, shared + SharedRoom(call.tasks).params);
 }
 
-inline void resident_task(const ResidentCall<S>& call, const S* shared, S* slot,
+inline void resident_task(const ResidentCall<S>& call, S* shared, S* slot,
                           const ResidentTask<S>& task) {
   const Residence& at = *std::launder(reinterpret_cast<const Residence*>(shared));
-  Resident(call, at, task, shared + kResidenceRoom, slot).run();
+  Resident(call, at, task, shared + SharedRoom(call.tasks).params, slot).run();
+  SharedRoom::tree(shared).arrive(call.lambdas, call.tasks, call.program->param_count(), task.task);
 }
 
 }  // namespace FM_KERNELS

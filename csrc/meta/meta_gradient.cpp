@@ -70,6 +70,7 @@ template <class S>
 ResidentCall<S> resident_call(const MetaCall<S>& call) {
   ResidentCall<S> r;
   r.program = call.program;
+  r.tasks = call.tasks;
   r.steps = call.steps;
   r.support = call.support.count;
   r.query = call.query.count;
@@ -178,16 +179,13 @@ class MetaGradient {
     if (!call_.params.per_task) {
       load_parameters(program_, backend_, call_.params, 0, shared_ + plan_.theta0);
     }
-    if (plan_.resident.slot > 0) {
-      run_resident();
-    } else {
-      backend_.for_each_task(
-          call_.tasks, plan_.slots,
-          [](void* self, index_t slot, index_t task, const Exec& exec) {
-            static_cast<const MetaGradient*>(self)->task(slot, task, exec);
-          },
-          this);
-    }
+    if (plan_.resident.slot > 0) return run_resident();
+    backend_.for_each_task(
+        call_.tasks, plan_.slots,
+        [](void* self, index_t slot, index_t task, const Exec& exec) {
+          static_cast<const MetaGradient*>(self)->task(slot, task, exec);
+        },
+        this);
     mean(plan_.lambdas, program_.param_count());
     store_parameters(program_, backend_, shared_ + plan_.mean, call_.gradients, 0);
     if (call_.rate_gradient) {
@@ -200,6 +198,7 @@ class MetaGradient {
   void run_resident() {
     resident_ = resident_call(call_);
     resident_.rates = rates_.at(0).per_segment;
+    resident_.lambdas = shared_ + plan_.lambdas;
     backend_.resident.share(resident_, shared_ + plan_.theta0, shared_ + plan_.resident_theta);
     backend_.for_each_task(
         call_.tasks, plan_.slots,
@@ -207,17 +206,20 @@ class MetaGradient {
           static_cast<const MetaGradient*>(self)->resident_task(slot, task);
         },
         this);
+    S* sum = resident_.lambdas;
+    backend_.vector.scale(program_.param_count(), S(1.0 / double(call_.tasks)), sum, sum);
+    store_parameters(program_, backend_, sum, call_.gradients, 0);
   }
 
   void resident_task(index_t slot, index_t t) const {
     const Batch<S> support = load_samples(program_, backend_, call_.support, t, (S*)nullptr);
     const Batch<S> query = load_samples(program_, backend_, call_.query, t, (S*)nullptr);
     const index_t row = t * (call_.steps + 1);
-    const ResidentTask<S> task{support.x,
+    const ResidentTask<S> task{t,
+                               support.x,
                                query.x,
                                support.y,
                                query.y,
-                               shared_ + plan_.lambdas + t * program_.param_count(),
                                call_.query_loss + row,
                                call_.query_accuracy + row};
     backend_.resident.task(resident_, shared_ + plan_.resident_theta, slots_ + slot * plan_.slot,

@@ -73,10 +73,10 @@ struct OptimizerOps {
   void (*sgd)(const math::SgdRule<S>&, index_t n, const S* g, S* p, S* buffer);
 };
 
-// A call whose tasks may each be done by one call of the backend, for networks so small that going
-// from layer to layer costs as much as the arithmetic.
 class Program;
 
+// A call whose tasks may each be done by one call of the backend, for networks so small that going
+// from layer to layer costs as much as the arithmetic.
 template <class S>
 struct ResidentCall {
   const Program* program = nullptr;
@@ -88,13 +88,15 @@ struct ResidentCall {
   // One rate a step for all layers but those that stand still; null: rates differ.
   const S* one_rate = nullptr;            // [rate_rows]
   const std::uint8_t* adapted = nullptr;  // [segments] whether a tensor moves
+  index_t tasks = 0;
+  S* lambdas = nullptr;  // [T, P]; when all tasks are done, the first row is the sum over them
 };
 
 template <class S>
 struct ResidentTask {
+  index_t task;
   const S *support_x, *query_x;  // [N, in]
   const void *support_y, *query_y;
-  S* lambda;                // [P] the task's meta-gradient
   double *loss, *accuracy;  // [K + 1] of the query samples
 };
 
@@ -105,9 +107,9 @@ struct ResidentSizes {
 template <class S>
 struct ResidentOps {
   ResidentSizes (*plan)(const ResidentCall<S>&);
-  // The parameters theta [P] that all tasks start from, as tasks read them.
+  // Before any task: the parameters theta [P] that all start from, as they read them.
   void (*share)(const ResidentCall<S>&, const S* theta, S* shared);
-  void (*task)(const ResidentCall<S>&, const S* shared, S* slot, const ResidentTask<S>&);
+  void (*task)(const ResidentCall<S>&, S* shared, S* slot, const ResidentTask<S>&);
 };
 
 template <class S>

@@ -46,6 +46,7 @@ class Plan(NamedTuple):
         shared: parameters, rates and per-task results.
         tape: activations and adjoints of one support step.
         kept: activations of all steps are kept for the chain; else recomputed.
+        resident: each task was done in one piece, in the nearest caches.
     """
 
     total: int
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     shared: int
     tape: int
     kept: bool
+    resident: bool
 
 
 class NativeEngine:
@@ -63,7 +65,8 @@ class NativeEngine:
         program: from `fastmaml.compile.compile_module`.
         model: gives the parameters' shapes and order; never called or modified.
         memory: ``keep`` the activations of every inner step for the chain, or
-            ``recompute`` them there; ``auto`` keeps up to 512 MiB.
+            ``recompute`` them there; ``auto`` keeps up to 512 MiB, and does tasks of
+            small networks of linear layers in one piece.
 
     Raises:
         ValueError: for an unknown ``memory``.
@@ -96,7 +99,13 @@ class NativeEngine:
         if p is None:
             return None
         return Plan(
-            p.bytes, p.slots, p.slot_bytes, p.shared_bytes, p.tape_bytes, p.kept
+            p.bytes,
+            p.slots,
+            p.slot_bytes,
+            p.shared_bytes,
+            p.tape_bytes,
+            p.kept,
+            p.resident,
         )
 
     # -- the protocol -------------------------------------------------------------
