@@ -3,10 +3,12 @@
 // The build defines FM_ISA_NAME (baseline, avx2, avx512), FM_SCALAR and FM_DTYPE_NAME (f32, f64);
 // everything below lives in the namespace fm::cpu::<isa>_<dtype>, and the one symbol that leaves
 // this file is fm::cpu::<isa>_<dtype>::backend().
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +24,7 @@
 #include "math/optimizer.h"
 #include "math/policy.h"
 #include "program/backend.h"
+#include "program/plan.h"
 
 #define FM_JOIN_(isa, dtype) isa##_##dtype
 #define FM_JOIN(isa, dtype) FM_JOIN_(isa, dtype)
@@ -41,6 +44,9 @@
 #include "cpu/loss.inl.h"
 #include "cpu/vector_ops.inl.h"
 #include "cpu/optimizer.inl.h"
+#include "cpu/rows.inl.h"
+#include "cpu/resident_plan.inl.h"
+#include "cpu/resident.inl.h"
 // clang-format on
 
 namespace FM_KERNELS {
@@ -107,6 +113,7 @@ constexpr Backend<S> table() {
       {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
        gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},
+      {resident_plan, resident_share, resident_task},
       false,
       true,
       false,
@@ -126,6 +133,7 @@ const Backend<S>& lockstep_backend() {
   static const Backend<S> cpu = [] {
     Backend<S> t = table();
     t.name = "cpu_lockstep";
+    t.resident = {};
     t.lockstep = true;
     t.host_memory = false;
     t.slots = one_slot;

@@ -53,6 +53,7 @@ Backend<S> table() {
        {gaussian_policy_value<S>, gaussian_policy_hessian<S>}},
       vector_ops<S>(),
       optimizer_ops<S>(),
+      {},
       true,
       kHostMemory,
       true,

@@ -31,6 +31,8 @@ struct MetaPlan {
           late = 0, scratch = 0, slot = 0;
   index_t slots = 0;
   bool kept = false;
+  ResidentSizes resident;  // with a slot if the backend does a whole task in one call
+  index_t resident_theta = 0;
 };
 
 // Per layer: none of its parameters is adapted.
@@ -46,17 +48,52 @@ std::vector<std::uint8_t> still_layers(const MetaCall<S>& call) {
 }
 
 // Whether a chain step is lambda -= a (H lambda) with one number a, lambda being zero on layers
-// that stand still, and so needs no direction beside lambda.
+// that stand still.
 template <class S>
-bool moves_in_place(const MetaCall<S>& call) {
-  const Program& program = *call.program;
+bool has_one_rate(const MetaCall<S>& call) {
   if (call.rates.layout != RateLayout::scalar) return false;
-  for (const LayerDesc& d : program.layers()) {
+  for (const LayerDesc& d : call.program->layers()) {
     for (index_t i = 1; i < d.segments(); ++i) {
       if (call.rates.adapted[d.segment] != call.rates.adapted[d.segment + i]) return false;
     }
   }
-  return chunk_of(program, *call.backend, call.support.count) == call.support.count;
+  return true;
+}
+
+// Such a step needs no direction beside lambda.
+template <class S>
+bool moves_in_place(const MetaCall<S>& call) {
+  return has_one_rate(call) && chunk_of(*call.program, *call.backend, call.support.count) ==
+                                   call.support.count;
+}
+
+// The call as a backend that does whole tasks would see it; without rates, which are nowhere yet.
+template <class S>
+ResidentCall<S> resident_call(const MetaCall<S>& call) {
+  ResidentCall<S> r;
+  r.program = call.program;
+  r.tasks = call.tasks;
+  r.steps = call.steps;
+  r.support = call.support.count;
+  r.query = call.query.count;
+  r.first_order = call.first_order;
+  r.loss_weights = call.loss_weights.data();
+  r.rate_rows = call.rates.steps;
+  r.one_rate = has_one_rate(call) ? call.rates.values : nullptr;
+  r.adapted = call.rates.adapted.data();
+  return r;
+}
+
+// What the backend is not asked: a say about memory, gradients of rates, rates of single
+// parameters, parameters of a task's own, images.
+template <class S>
+ResidentSizes plan_resident(const MetaCall<S>& call) {
+  if (!call.backend->resident.plan || call.memory != Memory::automatic || call.rate_gradient ||
+      call.rates.layout == RateLayout::per_parameter || call.params.per_task ||
+      call.program->input().pixels() > 1) {
+    return {};
+  }
+  return call.backend->resident.plan(resident_call(call));
 }
 
 template <class S>
@@ -69,6 +106,7 @@ void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   plan.lambdas = shared.take(call.tasks * P);
   plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
   plan.mean = shared.take(max_of(P, R));
+  plan.resident_theta = shared.take(plan.resident.shared);
   plan.shared = shared.size();
 }
 
@@ -104,6 +142,14 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   const Program& program = *call.program;
   MetaPlan plan;
   plan.slots = call.slots;
+  plan.resident = plan_resident(call);
+  if (plan.resident.slot > 0) {
+    plan_shared(call, plan);
+    plan.kept = !call.first_order && call.steps > 0;
+    plan.slot = align_up(plan.resident.slot, kAlignment);
+    plan.support.size = plan.resident.tape;
+    return plan;
+  }
   plan.support = plan_tape(program, call.support.count, call.first_order);
   plan.query = plan_tape(program, chunk_of(program, *call.backend, call.query.count), true);
   plan.tangent = plan_tangent(program, chunk_of(program, *call.backend, call.support.count));
@@ -137,6 +183,7 @@ class MetaGradient {
     if (!call_.params.per_task) {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
+    if (plan_.resident.slot > 0) return run_resident();
     backend_.for_each_task(
         call_.tasks, plan_.slots, call_.exec,
         [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
@@ -152,6 +199,39 @@ class MetaGradient {
   }
 
  private:
+  void run_resident() {
+    resident_ = resident_call(call_);
+    resident_.rates = rates_.at(0).per_segment;
+    resident_.lambdas = shared_ + plan_.lambdas;
+    backend_.resident.share(resident_, shared_ + plan_.theta0, shared_ + plan_.resident_theta);
+    backend_.for_each_task(
+        call_.tasks, plan_.slots, call_.exec,
+        [](void* self, index_t slot, index_t task, index_t, const Exec& exec) {
+          static_cast<const MetaGradient*>(self)->resident_task(slot, task, exec);
+        },
+        this);
+    const Rows<S> sum{resident_.lambdas, 0};
+    backend_.vector.update(1, program_.param_count(), {}, S(1.0 / double(call_.tasks)), nullptr,
+                           {sum.data, 0}, sum, call_.exec);
+    store_parameters<S>(call_, {sum.data, 0}, call_.gradients, 0, 1, call_.exec);
+  }
+
+  void resident_task(index_t slot, index_t t, const Exec& exec) const {
+    S* none = nullptr;  // vectors need no staging
+    const Batch<S> support = load_samples(call_, call_.support, t, 1, none, exec);
+    const Batch<S> query = load_samples(call_, call_.query, t, 1, none, exec);
+    const index_t row = t * (call_.steps + 1);
+    const ResidentTask<S> task{t,
+                               support.x,
+                               query.x,
+                               support.y,
+                               query.y,
+                               call_.query_loss + row,
+                               call_.query_accuracy + row};
+    backend_.resident.task(resident_, shared_ + plan_.resident_theta, slots_ + slot * plan_.slot,
+                           task);
+  }
+
   // Tasks in work together.
   struct Work {
     S* base;
@@ -303,6 +383,7 @@ class MetaGradient {
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
   bool in_place_;
+  ResidentCall<S> resident_;
 };
 
 }  // namespace
@@ -318,6 +399,7 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.tape_bytes = call.together() * plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
+  result.resident = plan.resident.slot > 0;
   return result;
 }
 
