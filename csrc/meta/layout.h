@@ -42,17 +42,27 @@ index_t staging_size(const Program& program, const Samples<S>& samples) {
   return needs_staging(program, samples) ? samples.count * program.input().size() : 0;
 }
 
-// Labels index the outputs, so they are checked at the door.
+// Labels and the actions of categorical policies index the outputs, so they are checked at the
+// door.
 template <class S>
 void check_labels(const Program& program, const Samples<S>& samples, index_t tasks,
                   const char* name) {
-  if (program.loss() != LossKind::cross_entropy || !samples.y) return;
-  const std::int64_t* labels = static_cast<const std::int64_t*>(samples.y);
+  const LossKind loss = program.loss();
   const index_t ways = program.output().size();
-  for (index_t i = 0; i < tasks * samples.count; ++i) {
-    require(labels[i] >= 0 && labels[i] < ways, name, ": expected labels from 0 to ", ways - 1,
-            " (the model has ", ways, " outputs), got ", labels[i], " for sample ",
-            i % samples.count, " of task ", i / samples.count);
+  const auto check = [&](const auto& values, index_t stride, const char* what) {
+    for (index_t i = 0; i < tasks * samples.count; ++i) {
+      const auto value = values[i * stride];
+      require(value >= 0 && value < ways && value == decltype(value)(index_t(value)), name,
+              ": expected ", what, " from 0 to ", ways - 1, " (the model has ", ways,
+              " outputs), got ", value, " for sample ", i % samples.count, " of task ",
+              i / samples.count);
+    }
+  };
+  if (!samples.y) return;
+  if (loss == LossKind::cross_entropy) {
+    check(static_cast<const std::int64_t*>(samples.y), 1, "labels");
+  } else if (loss == LossKind::categorical_policy || loss == LossKind::categorical_ratio) {
+    check(static_cast<const S*>(samples.y), program.target_size(), "actions");
   }
 }
 

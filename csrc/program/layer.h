@@ -101,7 +101,18 @@ constexpr index_t kStatisticParts = 16;
 index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
 
-enum class LossKind : int { squared_error, cross_entropy, gaussian_policy, count };
+// The last six belong to policies, math/policy.h.
+enum class LossKind : int {
+  squared_error,
+  cross_entropy,
+  gaussian_policy,
+  gaussian_ratio,
+  gaussian_kl,
+  categorical_policy,
+  categorical_ratio,
+  categorical_kl,
+  count
+};
 
 template <class S>
 struct LossArgs {

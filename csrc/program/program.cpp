@@ -227,10 +227,21 @@ LossKind loss_kind(const LossSpec& loss) {
               (loss.reduction == "sum_over_ways" && loss.kind == "cross_entropy"),
           "reduction: expected 'mean' (or 'sum_over_ways' for cross_entropy), got '",
           loss.reduction, "' for loss '", loss.kind, "'");
-  if (loss.kind == "mse") return LossKind::squared_error;
-  if (loss.kind == "cross_entropy") return LossKind::cross_entropy;
-  if (loss.kind == "policy_gradient") return LossKind::gaussian_policy;
-  fail("loss: expected mse, cross_entropy or policy_gradient, got '", loss.kind, "'");
+  const char* names[] = {"mse",
+                         "cross_entropy",
+                         "policy_gradient",
+                         "likelihood_ratio",
+                         "gaussian_kl",
+                         "categorical_policy_gradient",
+                         "categorical_likelihood_ratio",
+                         "categorical_kl"};
+  static_assert(sizeof(names) / sizeof(*names) == size_t(LossKind::count));
+  std::string known;
+  for (int kind = 0; kind < int(LossKind::count); ++kind) {
+    if (loss.kind == names[kind]) return LossKind(kind);
+    known += (kind ? ", " : "") + std::string(names[kind]);
+  }
+  fail("loss: expected one of ", known, ", got '", loss.kind, "'");
 }
 
 Shape input_shape(const std::vector<index_t>& input) {
@@ -269,8 +280,9 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   require(b.param_count > 0, "the model has no parameters, so there is nothing to adapt");
   require(b.order.empty() && b.shape.pixels() == 1, "the model's output must be a vector, got ",
           text(b.shape), "; end it with a Linear layer");
-  require(loss_ != LossKind::gaussian_policy || b.shape.channels % 2 == 0,
-          "policy_gradient expects outputs (mean, log_std) of even size, got ", b.shape.channels);
+  const bool gaussian = loss_ >= LossKind::gaussian_policy && loss_ <= LossKind::gaussian_kl;
+  require(!gaussian || b.shape.channels % 2 == 0, loss.kind,
+          " expects outputs (mean, log_std) of even size, got ", b.shape.channels);
   output_ = b.shape;
   parameters_ = std::move(b.parameters);
   param_count_ = b.param_count;
@@ -348,9 +360,24 @@ double Program::loss_scale(index_t samples) const {
 }
 
 index_t Program::target_size() const {
-  if (loss_ == LossKind::cross_entropy) return 1;
-  if (loss_ == LossKind::gaussian_policy) return output_.size() / 2 + 1;
-  return output_.size();
+  const index_t outputs = output_.size();
+  switch (loss_) {
+    case LossKind::cross_entropy:
+      return 1;
+    case LossKind::gaussian_policy:
+      return outputs / 2 + 1;
+    case LossKind::gaussian_ratio:
+      return outputs / 2 + 2;
+    case LossKind::categorical_policy:
+      return 2;
+    case LossKind::categorical_ratio:
+      return 3;
+    case LossKind::gaussian_kl:
+    case LossKind::categorical_kl:
+      return outputs + 1;
+    default:
+      return outputs;
+  }
 }
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
