@@ -166,7 +166,7 @@ def make_rows(
     if isinstance(env, str):
         import gymnasium
 
-        batched = gymnasium.spec(env).vector_entry_point
+        batched: Any = gymnasium.spec(env).vector_entry_point
         if isinstance(batched, str):
             batched = gymnasium.envs.registration.load_env_creator(batched)
         if isinstance(batched, type) and issubclass(batched, envs.TaskVectorEnv):

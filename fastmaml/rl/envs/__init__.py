@@ -21,7 +21,12 @@ from fastmaml.rl.envs.navigation import Navigation2D as Navigation2D
 from fastmaml.rl.envs.navigation import Navigation2DVector as Navigation2DVector
 from fastmaml.rl.envs.user import UserRows as UserRows
 
-ENVIRONMENTS = {"Navigation2D": "navigation"}
+# name -> module; those on MuJoCo are imported when they are made
+ENVIRONMENTS = {
+    "Navigation2D": "navigation",
+    "HalfCheetahDir": "half_cheetah",
+    "HalfCheetahVel": "half_cheetah",
+}
 
 for _name, _module in ENVIRONMENTS.items():
     gymnasium.register(
