@@ -75,7 +75,6 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _train(arguments: list[str]) -> int:
     from fastmaml.recipes import names, recipe
-    from fastmaml.recipes.common import train
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: fastmaml train {{{','.join(names())}}} [options]")
@@ -84,7 +83,8 @@ def _train(arguments: list[str]) -> int:
     if name not in names():
         return _fail(f"no experiment {name!r}: choose one of {', '.join(names())}")
     kind = recipe(name)
-    return train(_parse(kind, rest, f"fastmaml train {name}", _defaults(kind, rest)))
+    program = f"fastmaml train {name}"
+    return _parse(kind, rest, program, _defaults(kind, rest)).train()
 
 
 def _defaults(kind: Any, arguments: list[str]) -> Any:
@@ -110,7 +110,7 @@ def _defaults(kind: Any, arguments: list[str]) -> Any:
         return before if isinstance(before, kind) else kind.from_preset("paper")
     selected = {k: getattr(known, k) for k in kind.selectors}
     selected = {k: v for k, v in selected.items() if v is not None}
-    preset = "code" if known.preset == "code" else "paper"
+    preset = known.preset if known.preset in kind.presets else "paper"
     return kind.from_preset(preset, **selected)
 
 

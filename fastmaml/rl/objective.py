@@ -89,7 +89,7 @@ class MetaObjective:
     ) -> tuple[float, float, Tensor]:
         """The clipped surrogate with a penalty, and its gradient at ``theta``.
 
-            mean over tasks of -mean(min(r A, clip(r, 1 - c, 1 + c) A)) + w KL(old || pi)
+            mean over tasks of -mean(min(r A, clip(r, 1 ± c) A)) + w KL(old || pi)
 
         Args:
             theta: [P].

@@ -1,4 +1,4 @@
-"""Collecting trajectories: all rows step together, all tasks act in one forward pass."""
+"""Collecting trajectories: all rows step together, all tasks act in one pass."""
 
 from __future__ import annotations
 
