@@ -26,6 +26,9 @@ ENVIRONMENTS = {
     "Navigation2D": "navigation",
     "HalfCheetahDir": "half_cheetah",
     "HalfCheetahVel": "half_cheetah",
+    "AntDir": "ant",
+    "AntVel": "ant",
+    "AntGoal": "ant",
 }
 
 for _name, _module in ENVIRONMENTS.items():

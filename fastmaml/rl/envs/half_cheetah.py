@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaml.rl.envs.locomotion import LocomotionEnv, LocomotionVectorEnv
-from fastmaml.rl.envs.robot import PlanarChain, Robot, State, load
+from fastmaml.rl.envs.robot import PlanarChain, Robot, State, compiled, load
 from fastmaml.rl.envs.tasks import Direction, Objective, Velocity
 
 _COST = 0.05  # of squared actions
@@ -27,7 +27,7 @@ class HalfCheetah(Robot):
 
     def __init__(self, preset: str, objective: Objective) -> None:
         super().__init__(preset, objective)
-        self.model = load("half_cheetah.xml").compile()
+        self.model = compiled(load("half_cheetah.xml"))
         self.pose = self.model.qpos0.copy()
         self._centre = PlanarChain(self.model) if preset == "finn2017" else None
         self.observation_size = 20 if preset == "finn2017" else 17

@@ -43,26 +43,40 @@ class Physics:
     Attributes:
         frame_skip: physics steps of one environment step.
         horizon: environment steps of an episode.
-        action_scale: what the policy's actions are multiplied with.
+        action_range: the policy's actions are divided by it.
         normal_start: positions start with normal noise of 0.01; otherwise with uniform
             noise in [-0.1, 0.1]. Velocities start with normal noise of 0.1 in both.
     """
 
     frame_skip: int
     horizon: int
-    action_scale: float
+    action_range: float
     normal_start: bool
 
 
 PHYSICS = {
     "finn2017": Physics(1, 200, 1.0, True),
-    "gym": Physics(5, 100, 0.1, False),
+    "gym": Physics(5, 100, 10.0, False),
 }
 
 
 def load(name: str) -> mujoco.MjSpec:
     """The specification of a model that gymnasium ships, to be changed and compiled."""
     return mujoco.MjSpec.from_file(str(_ASSETS / name))
+
+
+def compiled(spec: mujoco.MjSpec) -> mujoco.MjModel:
+    """Compiles a model; scales its mass as MuJoCo advises instead of ``settotalmass``.
+
+    The result is the same, bit for bit, without the warning.
+    """
+    total = spec.compiler.settotalmass
+    spec.compiler.settotalmass = -1.0
+    model = spec.compile()
+    if total > 0:
+        mujoco.mj_setTotalmass(model, total)
+        mujoco.mj_setConst(model, mujoco.MjData(model))
+    return model
 
 
 class Robot(abc.ABC):
@@ -110,9 +124,9 @@ class Robot(abc.ABC):
 
     def control(self, actions: NDArray[Any], out: NDArray[Any]) -> None:
         """Writes the controls [R, A] of a policy's actions [R, A]."""
-        if self.physics.action_scale != 1.0:
-            scale = self.physics.action_scale
-            actions = np.multiply(actions, scale, dtype=np.float64)
+        if self.physics.action_range != 1.0:
+            largest = self.physics.action_range
+            actions = np.divide(actions, largest, dtype=np.float64)
         np.clip(actions, -1.0, 1.0, out=out)
 
     def before(self, state: State) -> NDArray[Any] | None:
