@@ -134,7 +134,7 @@ def trust_region_step(
         candidate = theta - size * settings.backtrack**k * direction
         loss, kl = evaluate(candidate)
         # written so that NaN is refused
-        if loss < loss_before and kl <= settings.max_kl:
+        if math.isfinite(loss) and loss < loss_before and kl <= settings.max_kl:
             return candidate, StepReport(True, loss_before, loss, kl, k)
     count = settings.max_backtracks
     return theta, StepReport(False, loss_before, loss_before, 0.0, count)
