@@ -179,15 +179,18 @@ THETA = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 
 
 def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_curvatures():
-    x = conjugate_gradients(lambda v: B @ v, THETA, 3)
+    x, residual = conjugate_gradients(lambda v: B @ v, THETA, 3)
     assert_close(B @ x, THETA, "float64 product", "solution")
-    early = conjugate_gradients(lambda v: B @ v, THETA, 2)
-    assert (B @ early - THETA).norm() > 1e-3
+    assert residual.norm() < 1e-12
+    early, residual = conjugate_gradients(lambda v: B @ v, THETA, 2)
+    assert residual.norm() > 1e-3
+    assert_close(THETA - B @ early, residual, "float64 product", "residual")
 
 
 @pytest.mark.parametrize("curvature", [-1.0, 0.0, math.nan])
 def test_conjugate_gradients_end_without_curvature(curvature):
-    x = conjugate_gradients(lambda v: curvature * v, THETA, 5)
+    x, residual = conjugate_gradients(lambda v: curvature * v, THETA, 5)
+    assert torch.equal(residual, THETA)
     assert torch.equal(x, torch.zeros(3, dtype=torch.float64))
 
 

@@ -51,7 +51,9 @@ def fit_values(
         control".
     """
     shape = returns.shape
-    f = features(observations) * mask.unsqueeze(-1)
+    f = features(observations)
+    if not bool(mask.all()):
+        f *= mask.unsqueeze(-1)
     f = f.flatten(1, 2)
     target = (returns.double() * mask).flatten(1, 2).unsqueeze(-1)
     gram, moment = f.mT @ f, f.mT @ target

@@ -66,7 +66,7 @@ class StepReport:
 
 def conjugate_gradients(
     product: Product, b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Solves B x = b for a positive definite B by its products with vectors.
 
     Args:
@@ -76,8 +76,8 @@ def conjugate_gradients(
         tolerance: stops where the squared residual falls below it.
 
     Returns:
-        [P]. A direction without curvature, as rounding and noise may make it, ends
-        the search with what has been found.
+        x [P] and the residual b - B x [P]. A direction without curvature, as rounding
+        and noise may make it, ends the search with what has been found.
     """
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r.dot(r)
@@ -93,7 +93,7 @@ def conjugate_gradients(
         r = r - alpha * bp
         rr, before = r.dot(r), rr
         p = r + (rr / before) * p
-    return x
+    return x, r
 
 
 def trust_region_step(
@@ -125,8 +125,9 @@ def trust_region_step(
     def damped(v: Tensor) -> Tensor:
         return product(v) + settings.damping * v
 
-    direction = conjugate_gradients(damped, gradient, settings.cg_iterations)
-    curvature = float(direction.dot(damped(direction)))
+    solved = conjugate_gradients(damped, gradient, settings.cg_iterations)
+    direction, residual = solved
+    curvature = float(direction.dot(gradient - residual))  # d' B d, at no product
     size = math.sqrt(2 * settings.max_kl / curvature) if curvature > 0 else math.nan
     if not math.isfinite(size):
         return theta, refused
