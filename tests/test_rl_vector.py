@@ -199,7 +199,7 @@ def test_checkers_and_registry_accept_navigation():
 
 
 class Impatient(Navigation2D):
-    """Truncates itself after 3 steps if its goal lies left; no step may follow an end."""
+    """Truncates itself after 3 steps if its goal lies left; no step may follow."""
 
     def reset(self, **arguments):
         self.over = False
