@@ -13,7 +13,9 @@ gymnasium = pytest.importorskip("gymnasium", reason="needs the extra fastmaml[rl
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
 from fastmaml.rl.envs import Navigation2D, Navigation2DVector  # noqa: E402
+from fastmaml.rl.envs.draws import reset_uniforms  # noqa: E402
 from fastmaml.rl.vector import RowsEnv, make_rows, row_seeds  # noqa: E402
+from fastmaml.tasks.philox import philox4x32  # noqa: E402
 
 
 def towards(envs, observation):
@@ -47,6 +49,22 @@ def test_row_seeds_do_not_depend_on_the_batch():
     assert not np.isin(row_seeds(4, 5, 4), all_of_them).any()
     with pytest.raises(ValueError, match="seed must be in"):
         row_seeds(-1, 2, 2)
+
+
+def test_draws_are_the_words_they_say():
+    """Word i of a row is word i mod 4 of block i div 4; plane 1 has the lower bits."""
+    key = 0x65736574, 0x726F7773
+    seeds = np.array([5, 2**40 + 3], dtype=np.uint64)
+    got = reset_uniforms(seeds, 6)
+    for row, seed in enumerate([5, 2**40 + 3]):
+        for i in range(6):
+            high, low = (
+                int(
+                    philox4x32([i // 4, plane, seed % 2**32, seed // 2**32], key)[i % 4]
+                )
+                for plane in (0, 1)
+            )
+            assert got[row, i] == (high >> 8) * 2.0**-24 + (low >> 3) * 2.0**-53
 
 
 @pytest.mark.parametrize("preset", ["code", "paper"])
@@ -181,12 +199,18 @@ def test_checkers_and_registry_accept_navigation():
 
 
 class Impatient(Navigation2D):
-    """Truncates itself after 3 steps if its goal lies to the left."""
+    """Truncates itself after 3 steps if its goal lies left; no step may follow."""
+
+    def reset(self, **arguments):
+        self.over = False
+        return super().reset(**arguments)
 
     def step(self, action):
+        assert not self.over, "stepped after its end"
         observation, reward, terminated, truncated, info = super().step(action)
-        cut = self._elapsed >= 3 and self.task[0] < 0
-        return observation, reward, terminated, truncated or bool(cut), {"x": 1}
+        truncated |= bool(self._elapsed >= 3 and self.task[0] < 0)
+        self.over = terminated or truncated
+        return observation, reward, terminated, truncated, {"x": 1}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastmaml.tasks.philox import philox4x32, task_words, uniform
 
-_RESET_KEY = 0x7265736574, 0x726F7773  # "reset", "rows": apart from other streams
+_RESET_KEY = 0x65736574, 0x726F7773  # apart from the streams of tasks
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 Floats = NDArray[np.float64]
@@ -44,8 +44,7 @@ def reset_uniforms(seeds: NDArray[Any], count: int) -> Floats:
     counter[0, ..., 1], counter[1, ..., 1] = 0, 1
     counter[..., 2] = (number & _LOW)[:, None]
     counter[..., 3] = (number >> _SHIFT)[:, None]
-    key = tuple(part & 0xFFFFFFFF for part in _RESET_KEY)
-    words = philox4x32(counter, key).reshape(2, len(number), -1)[..., :count]
+    words = philox4x32(counter, _RESET_KEY).reshape(2, len(number), -1)[..., :count]
     return uniform(words[0], words[1])
 
 

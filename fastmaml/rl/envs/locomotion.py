@@ -13,8 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import mujoco
-import mujoco.batch
 import numpy as np
+
+try:
+    import mujoco.batch
+except ImportError as error:
+    raise ImportError(
+        f"locomotion needs mujoco 3.17 or newer, got {mujoco.__version__}: "
+        "pip install -U 'fastmaml[rl]'"
+    ) from error
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.spaces import Box
 from numpy.typing import ArrayLike, NDArray
@@ -31,6 +38,7 @@ _WARNINGS = [
 ]
 _BAD = slice(min(_WARNINGS), max(_WARNINGS) + 1)
 _STATE = ("qpos", "qvel", "ctrl")
+_PIXELS = 480  # of a side of a drawn frame
 
 
 def _spaces(robot: Robot) -> tuple[Box, Box]:
@@ -47,7 +55,8 @@ class LocomotionEnv(TaskEnv):
         preset: ``finn2017`` or ``gym``; see `fastmaml.rl.envs.robot`.
         task: the task to begin with; without one, the subclass's ``first_task``.
         horizon: steps of an episode; without one, the preset's.
-        render_mode: ``rgb_array``, ``depth_array``, ``rgbd_tuple`` or ``human``.
+        render_mode: ``rgb_array`` [480, 480, 3], ``depth_array``, ``rgbd_tuple`` or
+            ``human``; without a screen, they need MUJOCO_GL=egl or osmesa.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"]}
@@ -101,8 +110,13 @@ class LocomotionEnv(TaskEnv):
     def render(self) -> Any:
         """Draws the robot as ``render_mode`` says."""
         if self._renderer is None:
-            camera = {"distance": 4.0}
-            self._renderer = MujocoRenderer(self.robot.model, self.data, camera)
+            self._renderer = MujocoRenderer(
+                self.robot.model,
+                self.data,
+                {"distance": 4.0},
+                width=_PIXELS,
+                height=_PIXELS,
+            )
         return self._renderer.render(self.render_mode)
 
     def close(self) -> None:

@@ -119,10 +119,7 @@ class Navigation2DVector(TaskVectorEnv):
     def _advance(
         self, actions: NDArray[Any], running: NDArray[Any] | None
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
-        before = self._position
         self._position, reward, near, finite = _move(
-            before, actions, self._task, self.preset
+            self._position, actions, self._task, self.preset
         )
-        if running is not None:
-            self._position[~running] = before[~running]
         return self._position.astype(np.float32), reward, near, finite
