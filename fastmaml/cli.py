@@ -1,4 +1,4 @@
-"""The command ``fastmaml train | evaluate | plot | info | bench``.
+"""The command ``fastmaml train | evaluate | plot | render | info | bench``.
 
 Settings are dataclasses, which tyro turns into options. Errors a user can put right
 are one line on standard error and exit code 2; a second Ctrl-C, or one outside of
@@ -20,6 +20,7 @@ usage: fastmaml COMMAND ...
   train EXPERIMENT   meta-train: {experiments}
   evaluate RUN       the paper's table row for a run, on new tasks
   plot RUN           learning curve and figures of a run, as PNGs
+  render RUN         an animation of an agent that has adapted, as a GIF or mp4
   info               version, build, devices, and why anything is missing
   bench              a quick table of speeds on this machine
 
@@ -163,6 +164,13 @@ def _plot(arguments: list[str]) -> int:
     return 0
 
 
+def _render(arguments: list[str]) -> int:
+    from fastmaml.rl.render import Render, render
+
+    print(f"wrote {render(_parse(Render, arguments, 'fastmaml render'))}")
+    return 0
+
+
 def _info(arguments: list[str]) -> int:
     from fastmaml import info
 
@@ -182,6 +190,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "plot": _plot,
+    "render": _render,
     "info": _info,
     "bench": _bench,
 }

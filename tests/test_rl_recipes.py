@@ -145,3 +145,27 @@ def test_tables_stand_beside_the_papers_figures() -> None:
     assert lines[-1] == "1 episodes ended because the simulator was not finite"
     squared = recipe("navigation").from_preset("paper").__class__(reward="paper")
     assert "-40.41" not in format_returns(squared, record)
+
+
+def test_an_agent_is_drawn_or_the_reason_given(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    run = tmp_path / "run"
+    words = (
+        *("train", "cheetah-dir", "--out", run, "--iterations", 1, "--meta-batch", 2),
+        *("--episodes", 2, "--horizon", 12, "--hidden", 8, "--validation-tasks", 0),
+        *("--test-tasks", 0, "--no-plots", "--no-tensorboard", "--threads", 1),
+    )
+    assert fastmaml(*words, cwd=tmp_path).returncode == 0
+    done = fastmaml("render", run, "--steps", 1, cwd=tmp_path)
+    if done.returncode:
+        assert done.returncode == 2 and "nothing to draw with" in done.stderr
+        pytest.skip(done.stderr.strip())
+    from PIL import Image
+
+    picture = Image.open(run / "plots" / "agent.gif")
+    assert picture.n_frames > 3 and picture.size[0] >= 240
+
+
+def test_render_says_what_it_can_not_draw(tmp_path: Path) -> None:
+    done = fastmaml("render", tmp_path, "--out", "agent.png", cwd=tmp_path)
+    assert done.returncode == 2 and ".gif or .mp4" in done.stderr
