@@ -59,9 +59,8 @@ void each_task(const LayerArgs<S>& args, const Exec& exec) {
 
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
 void each_task(const LossArgs<S>& args, const Exec& exec) {
-  const index_t target = Kind == LossKind::cross_entropy     ? index_t(sizeof(std::int64_t))
-                         : Kind == LossKind::gaussian_policy ? (args.outputs / 2 + 1) * sizeof(S)
-                                                             : args.outputs * sizeof(S);
+  const index_t element = Kind == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
+  const index_t target = target_size(Kind, args.outputs) * element;
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t, target), exec);
 }
 
@@ -69,6 +68,11 @@ template <LossKind Kind, void (*Value)(const LossArgs<S>&, const Exec&),
           void (*Hessian)(const LossArgs<S>&, const Exec&)>
 constexpr LossOps<S> loss_ops() {
   return {each_task<Kind, Value>, each_task<Kind, Hessian>};
+}
+
+template <LossKind Kind, class Loss>
+constexpr LossOps<S> policy_ops() {
+  return loss_ops<Kind, policy_value<Loss>, policy_hessian<Loss>>();
 }
 
 template <void (*Forward)(const LayerArgs<S>&, const Exec&),
@@ -109,7 +113,12 @@ constexpr Backend<S> table() {
        ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
       {loss_ops<LossKind::squared_error, squared_error_value, squared_error_hessian>(),
        loss_ops<LossKind::cross_entropy, cross_entropy_value, cross_entropy_hessian>(),
-       loss_ops<LossKind::gaussian_policy, gaussian_policy_value, gaussian_policy_hessian>()},
+       policy_ops<LossKind::gaussian_policy, math::PolicyGradient<math::Gaussian>>(),
+       policy_ops<LossKind::gaussian_ratio, math::LikelihoodRatio<math::Gaussian>>(),
+       policy_ops<LossKind::gaussian_kl, math::KlDivergence<math::Gaussian>>(),
+       policy_ops<LossKind::categorical_policy, math::PolicyGradient<math::Categorical>>(),
+       policy_ops<LossKind::categorical_ratio, math::LikelihoodRatio<math::Categorical>>(),
+       policy_ops<LossKind::categorical_kl, math::KlDivergence<math::Categorical>>()},
       {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
        gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},

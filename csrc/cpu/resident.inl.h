@@ -49,6 +49,8 @@ class Resident {
   }
 
  private:
+  using Reinforce = math::PolicyGradient<math::Gaussian>;
+
   struct Batch {
     const S* x;
     const void* y;
@@ -274,8 +276,8 @@ class Resident {
         total += math::squared_error(z + i, y, outputs, scale, dz + i);
       });
     } else if (program.loss() == LossKind::gaussian_policy) {
-      each_sample<S>(batch, outputs / 2 + 1, [&](index_t i, const S* y) {
-        total += math::gaussian_policy(z + i, y, outputs / 2, scale, dz + i);
+      each_sample<S>(batch, Reinforce::target_size(outputs), [&](index_t i, const S* y) {
+        total += Reinforce::value(z + i, y, outputs, scale, dz + i);
       });
     } else {
       each_sample<std::int64_t>(batch, 1, [&](index_t i, const std::int64_t* y) {
@@ -297,8 +299,8 @@ class Resident {
     if (program.loss() == LossKind::squared_error) {
       for (index_t i = 0; i < batch.count * last().out_row; ++i) tdz[i] = S(2) * scale * tz[i];
     } else if (program.loss() == LossKind::gaussian_policy) {
-      each_sample<S>(batch, outputs / 2 + 1, [&](index_t i, const S* y) {
-        math::gaussian_policy_hessian(z + i, y, tz + i, outputs / 2, scale, tdz + i);
+      each_sample<S>(batch, Reinforce::target_size(outputs), [&](index_t i, const S* y) {
+        Reinforce::hessian(z + i, y, tz + i, outputs, scale, tdz + i);
       });
     } else {
       each_sample<std::int64_t>(batch, 1, [&](index_t i, const std::int64_t*) {

@@ -102,6 +102,11 @@ struct Residence {
 
  private:
   bool read(const Program& program) {
+    const LossKind loss = program.loss();
+    if (loss != LossKind::squared_error && loss != LossKind::cross_entropy &&
+        loss != LossKind::gaussian_policy) {
+      return false;
+    }
     for (const LayerDesc& d : program.layers()) {
       if (d.dense() && d.in.pixels() == 1) {
         if (depth == kMaxStages) return false;
