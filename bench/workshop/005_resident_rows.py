@@ -17,11 +17,12 @@ Prediction:
 
 Outcome:
     AMD EPYC (Zen 5, 285 GFLOP/s of multiply-adds a core), g++ 12, 2026-11-24, one
-    process, against the engine's dense tiles: y 127 ns against 166 (the multiply-adds
-    alone take 114), dw 150 against 228. A quarter and a third, more than predicted:
-    the masks and the small second tile cost as much as the third multiply-add. Whole
-    meta-gradient, 25 tasks, one thread: 107 us before, 69 with products, transposes
-    that are updated instead of made, and no passes in between; 385 and 281 for K = 5.
+    process of this file: 143 ns masked, 120 ns paired, 114 if nothing but the
+    multiply-adds took time. The engine's own functions, epilogues and tile tables
+    included: y 166 ns masked and 127 paired, dw 228 and 150. Some more than predicted.
+    Whole meta-gradient, 25 tasks, one thread: 107 us before, 69 with these products,
+    transposes that are updated instead of made, and no passes in between; for K = 5
+    385 and 281.
 
 Decision:
     Tasks that fit run in one call over padded rows (csrc/cpu/resident.inl.h); others
