@@ -74,6 +74,8 @@ class OneCall(Optimizer):
 
     # the backend, for tests; None takes that of a parameter's device
     _backend: str | None = None
+    # learning rates of the groups in their devices' memory, for captured steps
+    _rates_there: list[Tensor] | None = None
     _prepared: list[Prepared | None]
     _states: Any
 
@@ -134,9 +136,10 @@ class OneCall(Optimizer):
                 gradients = [p.grad for p in params]
                 found = self._prepared_anew(number, group, gradients, options)
                 prepared[number] = found
+            there = self._rates_there[number] if self._rates_there else None
             for place, call in found.calls:
                 with place.guard():
-                    self._call(call, place.step(), group)
+                    self._call(call, place.step(there), group)
             torch.autograd.graph.increment_version(found.updated)
         return loss
 
