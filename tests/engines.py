@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import torch
 from problem import Problem
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fastmaml import MAML
 from fastmaml.compile import compile_module
 from fastmaml.engines import Engine, FunctionalEngine, Rates
+from fastmaml.learners.settings import TEST_ENGINES
 from fastmaml.losses import Loss, resolve_loss
 
 
@@ -21,7 +23,14 @@ def native_unavailable() -> str | None:
     return native.unavailable()
 
 
+# values of a learner's `engine`; on a model on the CPU all of them run there
 NAMES = ["functional"] + (["native"] if native_unavailable() is None else [])
+NAMES += [n for n in TEST_ENGINES if backends.why_not(n) is None]
+
+
+def reported(engine: str) -> str:
+    """What the report of a learner calls its engine."""
+    return "native" if engine in TEST_ENGINES else engine
 
 
 def loss_of(problem: Problem) -> Loss:
@@ -40,7 +49,8 @@ def engine_for(name: str, problem: Problem, model: nn.Module) -> Engine:
 
     report = compile_module(model, problem.loss, problem.reduction)
     assert report.program is not None, str(report)
-    return NativeEngine(report.program, model)
+    backend = name if name in TEST_ENGINES else None
+    return NativeEngine(report.program, model, backend=backend)
 
 
 def scalar_rates(problem: Problem, model: nn.Module) -> Rates:

@@ -23,7 +23,7 @@ MAY_INCLUDE = {
     "math": {"common", "math"},
     "program": {"common", "math", "program"},
     "cpu": {"common", "math", "program", "cpu"},
-    "cuda": {"common", "math", "program", "cuda"},
+    "cuda": {"common", "math", "program", "tasks", "cuda"},
     "meta": {"common", "math", "program", "meta"},
     "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},

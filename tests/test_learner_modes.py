@@ -132,7 +132,8 @@ def test_freezing_moves_to_the_functional_engine():
 def test_report_says_which_engine_where_and_why(engine):
     learner = learner_for(BY_NAME["linear-9to15"], engine)
     text = str(learner.report)
-    assert text.startswith(f"{engine} engine on cpu, float64: ")
+    name = engines.reported(engine)
+    assert text.startswith(f"{name} engine on cpu, float64: ")
 
 
 def test_auto_without_the_extension_says_so(monkeypatch):

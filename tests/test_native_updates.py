@@ -10,6 +10,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+from backends import cpu_alone, on_every_backend
 from chunked_problems import CHUNKED
 from close import assert_close
 from native_cases import (
@@ -26,6 +27,8 @@ from problem import Problem
 from torch import nn
 
 from fastmaml.engines import Rates
+
+pytestmark = on_every_backend
 
 # the ReLU's backward passes belong to the linear layer behind, which has one output
 # here and none of the hidden layer's columns is a whole vector
@@ -135,6 +138,7 @@ def test_layouts_steps_and_weights(problem, layout, memory):
 
 @pytest.mark.parametrize("problem", CHUNKED, ids=str)
 def test_chunks_do_not_depend_on_threads(problem):
+    cpu_alone()
     c = case(problem, tasks=1)
     rates = case(problem).rates
     results = []
@@ -153,6 +157,7 @@ def test_chunks_do_not_depend_on_threads(problem):
 
 def test_chunks_take_turns_in_the_memory_of_one():
     """The query's activations and the tangents need room for one chunk alone."""
+    cpu_alone()
     c = case(CHUNKED[0])
     engine = native(c)
     rates = c.rates

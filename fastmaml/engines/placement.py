@@ -103,9 +103,15 @@ class Placement:
         there = self._copy(("adapted", flags), lambda: flags) if flags else 0
         return (self._kind, self.stream(), self._precision, tables, there)
 
-    def step(self) -> tuple[int, int, int]:
-        """Where an optimizer's step runs, with the rate that it is given."""
-        return self._kind, self.stream(), 0
+    def step(self, rate: Tensor | None = None) -> tuple[int, int, int]:
+        """Where an optimizer's step runs.
+
+        Args:
+            rate: [] float64 on the device, read in place of the rate that the step
+                is given.
+        """
+        there = 0 if rate is None else _native.own_address(rate)
+        return self._kind, self.stream(), there
 
     def _copy(self, key: Any, content: Any) -> int:
         """The address of bytes in the device's memory, copied there once."""

@@ -23,7 +23,7 @@ class _Moments(OneCall):
         return group["amsgrad"]
 
     def _prepare(self, found: Prepared, group: dict[str, Any], number: int) -> None:
-        for dtype, pairs in self._by_dtype(found, number).items():
+        for (dtype, device), pairs in self._sorted(found, number).items():
             names = ["exp_avg", "exp_avg_sq"]
             names += ["max_exp_avg_sq"] * bool(group["amsgrad"])
             steps = [self._step_counter(found, p) for p, _ in pairs]
@@ -43,7 +43,7 @@ class _Moments(OneCall):
                 _native.addresses(states.get("max_exp_avg_sq", [])),
                 _native.addresses(steps),
             )
-            found.calls.append(call)
+            found.calls.append((self._placement(device), call))
 
     def _step_counter(self, found: Prepared, p: Tensor) -> Tensor:
         entry = self.state[p]
@@ -51,20 +51,23 @@ class _Moments(OneCall):
         kept = (
             isinstance(step, Tensor)
             and step.dtype == _STEP
-            and step.device.type == "cpu"
+            and step.device == p.device
             and step.numel() == 1
         )
         if not kept:
-            step = torch.tensor(0.0 if step is None else float(step), dtype=_STEP)
+            count = 0.0 if step is None else float(step)
+            step = torch.tensor(count, dtype=_STEP, device=p.device)
             entry["step"] = step
         found.tensors.append(step)
         found.states.append(step)
         return step
 
-    def _call(self, call: Any, group: dict[str, Any]) -> None:
+    def _call(
+        self, call: Any, where: tuple[int, int, int], group: dict[str, Any]
+    ) -> None:
         beta1, beta2 = group["betas"]
         call.step(
-            self._where,
+            where,
             float(group["lr"]),
             float(beta1),
             float(beta2),
@@ -89,7 +92,8 @@ class Adam(_Moments, torch.optim.Adam):
 
     Raises:
         TypeError, ValueError: a setting is out of range, or a parameter is sparse,
-            complex, half precision or not on the CPU: ``torch.optim.Adam`` takes those.
+            complex, half precision or on a device without a backend (`torch.optim.Adam`
+            takes those).
     """
 
     step = step

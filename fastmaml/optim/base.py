@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from fastmaml import _native
+from fastmaml.engines.placement import Placement, backend_for, missing
 
 DTYPES = {torch.float32: "Float32", torch.float64: "Float64"}
 Closure = Callable[[], Any]
@@ -26,7 +27,7 @@ class Prepared:
     def __init__(self, params: list[Tensor], gradients: list[Tensor | None]) -> None:
         self.params = params
         self.gradients = gradients
-        self.calls: list[Any] = []
+        self.calls: list[tuple[Placement, Any]] = []
         self.options: Any = None  # what the calls depend on besides tensors
         self.tensors: list[Tensor] = []  # all that the calls read or write
         self.states: list[Tensor] = []  # those of them that are state
@@ -71,8 +72,10 @@ class OneCall(Optimizer):
     A subclass writes ``_options``, ``_prepare`` and ``_call``.
     """
 
-    # backend (the CPU's), stream and address of the learning rate
-    _where = (0, 0, 0)
+    # the backend, for tests; None takes that of a parameter's device
+    _backend: str | None = None
+    # learning rates of the groups in their devices' memory, for captured steps
+    _rates_there: list[Tensor] | None = None
     _prepared: list[Prepared | None]
     _states: Any
 
@@ -84,7 +87,9 @@ class OneCall(Optimizer):
         """Makes state where there is none, and the calls."""
         raise NotImplementedError
 
-    def _call(self, call: Any, group: dict[str, Any]) -> None:
+    def _call(
+        self, call: Any, where: tuple[int, int, int], group: dict[str, Any]
+    ) -> None:
         """Runs one call with the group's present settings."""
         raise NotImplementedError
 
@@ -131,8 +136,10 @@ class OneCall(Optimizer):
                 gradients = [p.grad for p in params]
                 found = self._prepared_anew(number, group, gradients, options)
                 prepared[number] = found
-            for call in found.calls:
-                self._call(call, group)
+            there = self._rates_there[number] if self._rates_there else None
+            for place, call in found.calls:
+                with place.guard():
+                    self._call(call, place.step(there), group)
             torch.autograd.graph.increment_version(found.updated)
         return loss
 
@@ -149,11 +156,11 @@ class OneCall(Optimizer):
         found.seal(_contents(self.state))
         return found
 
-    def _by_dtype(
+    def _sorted(
         self, found: Prepared, number: int
-    ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Parameters that have a gradient, with it, checked, by dtype."""
-        sorted_pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    ) -> dict[tuple[str, torch.device], list[tuple[Tensor, Tensor]]]:
+        """Parameters that have a gradient, with it, checked, by dtype and device."""
+        sorted_pairs: dict[tuple[str, torch.device], list[tuple[Tensor, Tensor]]] = {}
         pairs = zip(found.params, found.gradients, strict=True)
         for i, (p, gradient) in enumerate(pairs):
             if gradient is None:
@@ -165,9 +172,16 @@ class OneCall(Optimizer):
                 # a copy that this step reads; the next one copies anew
                 gradient = torch.empty_like(p).copy_(gradient)
                 found.settled = False
-            sorted_pairs.setdefault(DTYPES[p.dtype], []).append((p, gradient))
+            kind = DTYPES[p.dtype], p.device
+            sorted_pairs.setdefault(kind, []).append((p, gradient))
             found.updated.append(p)
         return sorted_pairs
+
+    def _backend_for(self, device: torch.device) -> str:
+        return self._backend or backend_for(device)
+
+    def _placement(self, device: torch.device) -> Placement:
+        return Placement(self._backend_for(device), device)
 
     def _state_like(self, found: Prepared, p: Tensor, name: str) -> Tensor:
         """The state tensor of a parameter: as it is, fitted to p, or new zeros."""
@@ -196,10 +210,15 @@ class OneCall(Optimizer):
                 f"{self._name()}: {what} is sparse ({tensor.layout}), expected a dense "
                 f"tensor; {instead}"
             )
-        if tensor.device.type != "cpu":
+        if like is None and (reason := missing(self._backend_for(tensor.device))):
             raise ValueError(
-                f"{self._name()}: {what} is on {tensor.device}, expected the CPU; "
-                f"{instead}"
+                f"{self._name()}: {what} is on {tensor.device}, expected the CPU or a "
+                f"device that the native engine has a backend for: {reason}; {instead}"
+            )
+        if like is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{self._name()}: {what} is on {tensor.device}, expected "
+                f"{like.device} like the parameter"
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(

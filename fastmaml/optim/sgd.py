@@ -56,7 +56,7 @@ class SGD(OneCall, torch.optim.SGD):
         return group["momentum"] != 0
 
     def _prepare(self, found: Prepared, group: dict[str, Any], number: int) -> None:
-        for dtype, pairs in self._by_dtype(found, number).items():
+        for (dtype, device), pairs in self._sorted(found, number).items():
             params, gradients = [p for p, _ in pairs], [g for _, g in pairs]
             buffers: list[Tensor] = []
             first: list[bool] = []
@@ -74,11 +74,13 @@ class SGD(OneCall, torch.optim.SGD):
                 _native.addresses(buffers),
                 first,
             )
-            found.calls.append(call)
+            found.calls.append((self._placement(device), call))
 
-    def _call(self, call: Any, group: dict[str, Any]) -> None:
+    def _call(
+        self, call: Any, where: tuple[int, int, int], group: dict[str, Any]
+    ) -> None:
         call.step(
-            self._where,
+            where,
             float(group["lr"]),
             group["momentum"],
             group["dampening"],
