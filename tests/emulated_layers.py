@@ -57,7 +57,7 @@ class _Buffers(ctypes.Structure):
 
 
 class Driver:
-    """The compiled driver; `call` turns tensors into pointers and failures into errors."""
+    """The compiled driver; tensors become pointers, and failures errors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -107,9 +107,9 @@ def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> Driver:
         subprocess.run([*command, "-o", str(target)], check=True)
         return target
 
+    library = folder / "layers.so"
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "layers.so"
     command = ["g++", "-shared", *flags, *map(str, objects), "-o", str(library)]
     subprocess.run(command, check=True)
     return Driver(ctypes.CDLL(str(library)))
@@ -234,6 +234,10 @@ def run(
     """All four passes, in order.
 
     Args:
+        driver: the compiled kernels.
+        layer: which.
+        values: of ``random_inputs``.
+        dtype: float64 or float32.
         offset: elements that every array lies off a boundary of 64 bytes.
         seed: shuffles the order of blocks and threads; 0 keeps it.
         without: inputs or outputs that are null.
