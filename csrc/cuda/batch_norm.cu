@@ -10,7 +10,7 @@
 // once; normalised values are computed anew from x instead of kept.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/norm.cuh"
+#include "cuda/norm_launch.cuh"
 
 namespace FM_CUDA {
 namespace {

@@ -15,7 +15,7 @@
 // winner's place is the first of its window with this x: of equal values the first wins.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/norm.cuh"
+#include "cuda/norm_launch.cuh"
 
 namespace FM_CUDA {
 namespace {
