@@ -47,18 +47,18 @@ class CMakeBuild(build_ext):
 
         In a checkout, ``python -m fastmaml`` imports the source package whatever is
         installed, because Python puts the working directory first. An instrumented
-        extension loads only under its sanitizer's runtime, so it is not left there.
+        extension loads only under its sanitizer's runtime, and one that emulates CUDA
+        is for tests, so those are not left there.
         """
         super().run()
-        if not self.inplace and not os.environ.get("FASTMAML_SANITIZE"):
+        if not self.inplace and _kind() == "release":
             self.copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         """Runs CMake and Ninja, and puts the module where setuptools wants it."""
         knobs = {name: os.environ.get(name, value) for name, value in KNOBS.items()}
-        kind = knobs["FASTMAML_SANITIZE"].replace(",", "-") or "release"
         tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
-        folder = ROOT / "build" / f"cmake-{tag}-{kind}"
+        folder = ROOT / "build" / f"cmake-{tag}-{_kind()}"
         jobs = os.environ.get("FASTMAML_BUILD_JOBS") or str(os.cpu_count() or 1)
         _run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *self._options(knobs))
         _run("cmake", "--build", folder, "--target", "_core", "--parallel", jobs)
@@ -79,6 +79,14 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         return [f"-D{name}={value}" for name, value in options.items()]
+
+
+def _kind() -> str:
+    """What sets a build apart from the one that users have."""
+    sanitize = os.environ.get("FASTMAML_SANITIZE", "")
+    emulated = os.environ.get("FASTMAML_CUDA", "").upper() == "EMULATED"
+    kinds = [*sanitize.split(","), "emulated" if emulated else ""]
+    return "-".join(filter(None, kinds)) or "release"
 
 
 def _tool(name: str) -> str:

@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("torch", "numpy")},
         "native": native,
-        "devices": _devices(native["available"]),
+        "devices": _devices(native),
         "missing": _missing(native),
     }
 
@@ -71,11 +71,31 @@ def _native_info() -> dict[str, Any]:
     return {"available": True, **built, **as_lists}
 
 
-def _devices(native: bool) -> dict[str, str]:
-    cuda = "functional engine" if torch.cuda.is_available() else "not visible to torch"
+def _devices(native: dict[str, Any]) -> dict[str, str]:
+    both, functional = "native and functional engine", "functional engine"
+    cuda = both if native.get("cuda_backend") == "cuda" else functional
     return {
-        "cpu": "native and functional engine" if native else "functional engine"
-    } | {"cuda": cuda}
+        "cpu": both if native["available"] else functional,
+        "cuda": cuda if torch.cuda.is_available() else "not visible to torch",
+    }
+
+
+def _no_native_cuda(native: dict[str, Any]) -> str | None:
+    """Why the native engine doesn't run on GPUs, or ``None`` where it does."""
+    if not native["available"]:
+        return "needs the native engine, which is missing"
+    kind = native.get("cuda_backend", "none")
+    if kind == "cuda":
+        seen = torch.cuda.is_available()
+        return None if seen else f"built ({native['cuda']}), but torch sees no GPU"
+    if kind == "cuda_emulated":
+        why = "this build emulates it on the CPU, for tests"
+    else:
+        why = native.get("cuda", "none: an older build").removeprefix("none: ")
+    return (
+        f"{why}; models on a GPU run on the functional engine. With the CUDA toolkit "
+        "12 or 13 here, rebuild with FASTMAML_CUDA=ON"
+    )
 
 
 def _missing(native: dict[str, Any]) -> dict[str, str]:
@@ -89,9 +109,8 @@ def _missing(native: dict[str, Any]) -> dict[str, str]:
                 missing[isa] = "left out of this build: rebuild with FASTMAML_ISA=all"
             else:
                 missing[isa] = "this processor does not have it"
-    missing["native engine on cuda"] = (
-        "this version has no CUDA backend; models on a GPU run on the functional engine"
-    )
+    if (why := _no_native_cuda(native)) is not None:
+        missing["native engine on cuda"] = why
     if importlib.util.find_spec("jax") is None:
         missing["jax"] = 'not installed, the bench skips it: pip install ".[bench]"'
     return missing

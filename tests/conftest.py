@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backends import backend  # noqa: F401  a fixture
 
 _FALLBACK = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 

@@ -195,6 +195,8 @@ def values_of(layer: Layer) -> Named:
 def wanted(layer: Layer, v: Mapping[str, Tensor], without: Iterable[str] = ()) -> Named:
     """What the passes give, in float64, tasks one after the other.
 
+    ``ty`` is without the mask of a ReLU, which hangs on the signs of the engine's y.
+
     ``without``: inputs that are left out, of x, w, dy, tx, tw, tdy.
     """
     v = {n: torch.zeros_like(t) if n in without else t for n, t in v.items()}
@@ -209,7 +211,7 @@ def wanted(layer: Layer, v: Mapping[str, Tensor], without: Iterable[str] = ()) -
         ty = functional.conv2d(x, tw, tb, *options)
         ty = ty + functional.conv2d(tx, w, None, *options)
         if layer.relu:
-            ty, y = ty * (y > 0), y.relu()
+            y = y.relu()
         mask = (x > 0) if layer.relu_input else 1
 
         def into(w, dy, mask=mask, shape=x.shape):
@@ -382,9 +384,11 @@ def _unpacked(layer: Layer, out: Named) -> Named:
     return result
 
 
-def in_engine_layout(layer: Layer, named: Named) -> Named:
-    """The oracle's answers as :func:`run` returns them."""
+def in_engine_layout(layer: Layer, named: Named, y: Tensor) -> Named:
+    """The oracle's answers as :func:`run` returns them, ``y`` among them."""
     result = {n: channels_last(named[n]) for n in ("y", "ty", "dx", "tdx")}
+    if layer.relu:
+        result["ty"] = result["ty"] * (y > 0)
     result |= {n: named[n].permute(0, 3, 4, 2, 1) for n in ("dw", "tdw")}
     if layer.bias:
         result |= {n: named[n] for n in ("db", "tdb")}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import backends
 import oracles
 import torch
 from engines import loss_of
@@ -97,10 +98,13 @@ def case(problem: Problem | str, tasks: int = 2, samples: int = 0) -> Case:
 def native(
     c: Case, kind: type[NativeEngine] = NativeEngine, **options: Any
 ) -> NativeEngine:
-    """The engine of a case, for both dtypes."""
+    """The engine of a case, for both dtypes, on the backend whose turn it is."""
     report = compile_module(c.model, c.problem.loss, c.problem.reduction)
     assert report.program is not None, str(report)
-    return kind(report.program, c.model, **options)
+    name = options.setdefault("backend", backends.current())
+    engine = kind(report.program, backends.placed(c.model, name), **options)
+    device = backends.device_of(name)
+    return engine if device == "cpu" else backends.Elsewhere(engine, device)  # type: ignore[return-value]
 
 
 def cast(named: Mapping[str, Tensor], dtype: torch.dtype) -> Named:
@@ -321,7 +325,7 @@ class Guards:
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
 
-    def empty(self, *shape: Any, dtype: torch.dtype) -> Tensor:
+    def empty(self, *shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
         shape = tuple(shape[0]) if isinstance(shape[0], tuple | torch.Size) else shape
         count = math.prod(shape)
         size = count * torch.zeros(0, dtype=dtype).element_size()

@@ -1,12 +1,14 @@
 """Linear and Conv2d of the CUDA backend, run by the emulation, against torch's float64.
 
-Each arithmetic and each tile is tested by itself: which of them the engine takes depends
-on the shapes, and tiles on the number of tasks.
+Each arithmetic and each tile is tested by itself: which of them the engine takes
+depends on the shapes, and tiles on the number of tasks.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from dataclasses import replace
 
 import emulated_bilinear as emulated
@@ -15,8 +17,7 @@ import torch
 from close import LEDGER, assert_close
 from emulated_bilinear import ARITHMETIC, PASSES, TILES, Layer, Options
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-pytestmark = needs_compiler
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 SQUARE = {"kernel": (3, 3), "padding": (1, 1)}
 HALVING = {**SQUARE, "stride": (2, 2)}
@@ -54,12 +55,15 @@ LAYERS = [
 # Their weight gradients are summed in parts.
 LONG = [
     Layer(20, 6, samples=1100),
-    Layer(4, 8, samples=18, height=8, width=8, **SQUARE),
+    Layer(4, 8, samples=17, tasks=1, height=8, width=8, **SQUARE),
     Layer(5, 70, samples=1030, shared=True, relu=True),
 ]
 every_layer = pytest.mark.parametrize("layer", [*LAYERS, *LONG], ids=str)
 some_layers = pytest.mark.parametrize(
-    "layer", [LAYERS[i] for i in (6, 9, 10, 14, 16, 18, 21)] + LONG[:2], ids=str
+    "layer", [LAYERS[i] for i in (6, 10, 14, 16, 18, 21)] + LONG[:1], ids=str
+)
+few_layers = pytest.mark.parametrize(
+    "layer", [LAYERS[6], LAYERS[14], LAYERS[16], LONG[0]], ids=str
 )
 every_tile = pytest.mark.parametrize(
     "tile", range(len(TILES)), ids=[f"{m}x{n}" for m, n in TILES]
@@ -80,8 +84,8 @@ def check(library, layer, options, bounds="float64 pass", values=None, want=None
     """Runs the passes and compares those that ran; returns the results."""
     values = values or emulated.values_of(layer)
     want = want or emulated.wanted(layer, values, options.without)
-    want = emulated.in_engine_layout(layer, want)
     got = emulated.run(library, layer, values, options)
+    want = emulated.in_engine_layout(layer, want, got["y"])
     for pass_name, names in zip(PASSES, emulated.OUTPUTS, strict=True):
         for name in names:
             if pass_name not in options.passes or name in options.without:
@@ -114,7 +118,7 @@ def test_every_arithmetic_in_float32(library, layer, arithmetic):
 
 @every_tile
 @every_arithmetic
-@some_layers
+@few_layers
 def test_no_tile_changes_a_bit(library, layer, arithmetic, tile):
     options = Options(arithmetic=arithmetic, dtype=torch.float32, tile=tile)
     values = emulated.values_of(layer)
@@ -138,9 +142,9 @@ def test_precision_chooses_the_arithmetic(library, precision):
 def test_coarse_arithmetic_is_not_finer_than_it_says(library, coarse):
     layer, finer = LAYERS[9], LEDGER[BOUNDS["split_tf32"]].l2
     values = emulated.values_of(layer)
-    want = emulated.in_engine_layout(layer, emulated.wanted(layer, values))
     options = Options(arithmetic=coarse, dtype=torch.float32)
     got = emulated.run(library, layer, values, options)
+    want = emulated.in_engine_layout(layer, emulated.wanted(layer, values), got["y"])
     for n in ("y", "ty", "dx", "tdx", "dw", "tdw"):
         assert (got[n] - want[n]).norm() > 100 * finer * want[n].norm(), n
     for n in ("db", "tdb"):  # sums of float32, never rounded
@@ -150,11 +154,12 @@ def test_coarse_arithmetic_is_not_finer_than_it_says(library, coarse):
 def test_split_tf32_is_as_accurate_as_float32(library):
     layer = Layer(300, 40, samples=70)
     values = emulated.values_of(layer)
-    want = emulated.in_engine_layout(layer, emulated.wanted(layer, values))
+    exact = emulated.wanted(layer, values)
     errors = {}
     for arithmetic in ("scalar", "split_tf32"):
         options = Options(arithmetic=arithmetic, dtype=torch.float32)
         got = emulated.run(library, layer, values, options)
+        want = emulated.in_engine_layout(layer, exact, got["y"])
         errors[arithmetic] = {n: float((got[n] - want[n]).norm()) for n in want}
     for n, error in errors["split_tf32"].items():
         assert error < 1.5 * errors["scalar"][n], n
@@ -166,7 +171,7 @@ def test_split_tf32_is_as_accurate_as_float32(library):
 @pytest.mark.parametrize("base", ["none", "other", "same"])
 @pytest.mark.parametrize("rates", [None, (0.25, 3.0)], ids=["no-rates", "rates"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@some_layers
+@pytest.mark.parametrize("layer", [LAYERS[i] for i in (9, 14, 16)] + LONG, ids=str)
 def test_updates(library, layer, base, rates, dtype):
     values, scales = emulated.values_of(layer), (-0.5, 2.0)
     want = dict(emulated.wanted(layer, values))
@@ -176,13 +181,13 @@ def test_updates(library, layer, base, rates, dtype):
         want |= {n: start + scale * want[n] for n in parts}
     options = Options(base=base, scales=scales, rates=rates, dtype=dtype)
     options = replace(options, passes=("backward", "tangent_backward"))
-    bounds = "float64 pass" if dtype == torch.float64 else BOUNDS["split_tf32"]
+    bounds = "float64 pass" if dtype == torch.float64 else BOUNDS["scalar"]
     check(library, layer, options, bounds, values, want)
 
 
 @pytest.mark.parametrize(
     "without",
-    [("tx",), ("tw",), ("tx", "tw"), ("dx", "tdx"), ("dw", "tdw"), ("tx", "tdx")],
+    [("tx", "tdx"), ("tw",), ("tx", "tw"), ("dx", "tdx"), ("dw", "tdw")],
     ids="-".join,
 )
 @some_layers
@@ -195,7 +200,7 @@ def test_null_operands_are_zero_and_null_outputs_not_computed(library, layer, wi
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("layer", [LAYERS[8], LAYERS[14], LAYERS[17], LONG[1]], ids=str)
+@pytest.mark.parametrize("layer", [LAYERS[8], LAYERS[14], LAYERS[17]], ids=str)
 def test_arrays_off_every_boundary(library, layer, dtype, offset):
     bounds = "float64 pass" if dtype == torch.float64 else BOUNDS["split_tf32"]
     got = check(library, layer, Options(offset=offset, dtype=dtype), bounds)
@@ -220,9 +225,9 @@ def test_nan_stays_where_it_is(library):
 # -- order -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @every_arithmetic
-@some_layers
+@few_layers
 def test_no_order_of_threads_changes_a_bit(library, layer, arithmetic, seed):
     options = Options(arithmetic=arithmetic, dtype=torch.float32)
     values = emulated.values_of(layer)
@@ -236,7 +241,7 @@ def test_no_order_of_threads_changes_a_bit(library, layer, arithmetic, seed):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @some_layers
 def test_a_task_has_the_same_bits_alone_and_among_others(library, layer, dtype):
-    many = replace(layer, tasks=40 if layer.samples < 100 else 3)
+    many = replace(layer, tasks=40 if layer.samples < 20 else 3)
     values = emulated.values_of(many)
     together = emulated.run(library, many, values, Options(dtype=dtype))
     for t in (0, many.tasks - 1):
@@ -260,3 +265,22 @@ def test_images_that_offsets_cannot_reach(library):
     layer = Layer(1, 1, samples=1, tasks=1, height=1, width=20000)
     with pytest.raises(RuntimeError, match="up to 16384 pixels .* got 1 x 20000"):
         emulated.run(library, layer, emulated.values_of(layer), Options())
+
+
+# -- what a GPU's compiler says --------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", ["", "_outputs", "_inputs", "_weights"])
+def test_nvcc_neither_warns_nor_spills(tmp_path, name):
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall"]
+    for arch in (80, 90):
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    source = emulated.ROOT / "csrc" / "cuda" / f"bilinear{name}.cu"
+    command += [f"-I{emulated.ROOT / 'csrc'}", "-c", str(source)]
+    command += ["-o", str(tmp_path / "kernels.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+    assert "warning" not in done.stderr, done.stderr
+    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stderr)
+    assert len(spilled) >= 4 and set(spilled) == {("0", "0")}

@@ -89,15 +89,52 @@ def test_a_broken_extension_is_explained(broken):
     assert "to fix: plant no reasons" in text
 
 
-def test_says_why_there_is_no_cuda_backend():
-    assert "no CUDA backend" in info.collect()["missing"]["native engine on cuda"]
+NATIVE_CUDA = "native engine on cuda"
+
+
+def test_the_real_extension_tells_of_its_cuda_backend():
+    native = info.collect()["native"]
+    if native["cuda_backend"] == "none":
+        assert native["cuda"].startswith("none: ")
+    else:
+        expected = {"cuda": r"CUDA 1[2-9]\.\S+ for [0-9]", "cuda_emulated": "emulated"}
+        assert re.match(expected[native["cuda_backend"]], native["cuda"])
+
+
+@pytest.mark.parametrize(
+    ("description", "reason"),
+    [
+        ({"cuda": "none: planted reason", "cuda_backend": "none"}, "^planted reason; "),
+        (
+            {"cuda": "emulated", "cuda_backend": "cuda_emulated"},
+            "on the CPU, for tests",
+        ),
+        ({}, "an older build"),
+    ],
+)
+def test_says_why_there_is_no_cuda_backend(built, description, reason):
+    built(isas=["baseline"], isa="baseline", **description)
+    said = info.collect()["missing"][NATIVE_CUDA]
+    assert re.search(reason, said), said
+    assert "rebuild with FASTMAML_CUDA=ON" in said
+
+
+def test_a_broken_extension_has_no_cuda_backend(broken):
+    assert "needs the native engine" in info.collect()["missing"][NATIVE_CUDA]
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_cuda_device_as_torch_sees_it(monkeypatch, seen):
+@pytest.mark.parametrize("kind", ["cuda", "none"])
+def test_cuda_device_as_torch_sees_it(built, monkeypatch, seen, kind):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
-    expected = "functional engine" if seen else "not visible to torch"
-    assert info.collect()["devices"]["cuda"] == expected
+    built(isas=["baseline"], isa="baseline", cuda="CUDA 13.0 for 90", cuda_backend=kind)
+    facts = info.collect()
+    engines = {"cuda": "native and functional engine", "none": "functional engine"}
+    expected = engines[kind] if seen else "not visible to torch"
+    assert facts["devices"]["cuda"] == expected
+    assert (NATIVE_CUDA in facts["missing"]) == (kind == "none" or not seen)
+    if kind == "cuda" and not seen:
+        assert "torch sees no GPU" in facts["missing"][NATIVE_CUDA]
 
 
 def test_missing_jax_is_explained(monkeypatch):

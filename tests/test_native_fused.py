@@ -7,12 +7,15 @@ import dataclasses
 import oracles
 import pytest
 import torch
+from backends import on_every_backend
 from close import assert_close
 from fused_problems import pooled_norm
 from native_cases import DTYPES, Case, case, cast, instruction_set, native, row
 from problems import Problem
 from test_native_isas import ISAS
 from torch import nn
+
+pytestmark = on_every_backend
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
 both_dtypes = pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import on_every_backend
 from close import assert_close
 from native_cases import Case, case, native
 from problems import PROBLEMS, direction
+
+pytestmark = on_every_backend
 
 # one of every kind of layer and loss
 NAMES = [

@@ -7,6 +7,7 @@ import dataclasses
 import oracles
 import pytest
 import torch
+from backends import on_every_backend
 from close import assert_close
 from engines import rates_of
 from native_cases import DTYPES, Case, case, cast, native, row
@@ -14,6 +15,8 @@ from problems import BY_NAME, LAYER, MODEL, Problem, per_task
 from torch import nn
 
 from fastmaml.engines import Rates
+
+pytestmark = on_every_backend
 
 by_id = {"ids": str}
 both_dtypes = pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import on_every_backend
 from close import assert_close
 from native_cases import (
     DTYPES,
@@ -16,6 +17,8 @@ from native_cases import (
 )
 from problems import PROBLEMS, Problem
 from torch import nn
+
+pytestmark = on_every_backend
 
 BEYOND = Problem(
     "padding-beyond-the-kernel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import oracles
+from backends import on_every_backend
 from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from problems import Problem, direction
 from torch import nn
 
 from fastmaml.models import AppendParameter
+
+pytestmark = on_every_backend
 
 SIZES = st.integers(1, 33)
 SMOOTH = {

@@ -10,49 +10,26 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+from backends import cpu_alone, on_every_backend
+from chunked_problems import CHUNKED
 from close import assert_close
-from native_cases import DTYPES, assert_same_bits, case, cast, native, row, threads
+from native_cases import (
+    DTYPES,
+    assert_same_bits,
+    case,
+    cast,
+    native,
+    passes_wanted,
+    row,
+    threads,
+)
 from problem import Problem
 from torch import nn
 
 from fastmaml.engines import Rates
-from fastmaml.models import gaussian_policy_mlp
 
-WIDE = 320  # hidden width at which 150 samples are more than one chunk
+pytestmark = on_every_backend
 
-
-def mlp(*middle: nn.Module, outputs: int = 3) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(4, WIDE),
-        *middle,
-        nn.Linear(WIDE, 20),
-        nn.ReLU(),
-        nn.Linear(20, outputs),
-    )
-
-
-CHUNKED = [
-    Problem("relu", lambda: mlp(nn.ReLU()), (4,), 3, samples=150),
-    Problem("tanh", lambda: mlp(nn.Tanh()), (4,), 3, samples=150),
-    Problem("layer-norm", lambda: mlp(nn.LayerNorm(WIDE)), (4,), 3, samples=150),
-    Problem(
-        "classes",
-        lambda: mlp(nn.ReLU(), outputs=5),
-        (4,),
-        5,
-        loss="cross_entropy",
-        samples=150,
-    ),
-    Problem(
-        "policy",
-        lambda: gaussian_policy_mlp(4, 2, (WIDE, 20)),
-        (4,),
-        4,
-        loss="policy_gradient",
-        samples=150,
-        inner_lr=0.01,
-    ),
-]
 # the ReLU's backward passes belong to the linear layer behind, which has one output
 # here and none of the hidden layer's columns is a whole vector
 SMALL = [
@@ -161,6 +138,7 @@ def test_layouts_steps_and_weights(problem, layout, memory):
 
 @pytest.mark.parametrize("problem", CHUNKED, ids=str)
 def test_chunks_do_not_depend_on_threads(problem):
+    cpu_alone()
     c = case(problem, tasks=1)
     rates = case(problem).rates
     results = []
@@ -179,6 +157,7 @@ def test_chunks_do_not_depend_on_threads(problem):
 
 def test_chunks_take_turns_in_the_memory_of_one():
     """The query's activations and the tangents need room for one chunk alone."""
+    cpu_alone()
     c = case(CHUNKED[0])
     engine = native(c)
     rates = c.rates
@@ -189,3 +168,13 @@ def test_chunks_take_turns_in_the_memory_of_one():
         return engine.plan.slot
 
     assert slot(5000) == slot(500)
+
+
+@pytest.mark.parametrize("problem", CHUNKED, ids=str)
+def test_products_in_chunks(problem):
+    """Layer norm, for one, saves a chunk's statistics in an order of their own."""
+    c = case(problem)
+    own = c.own, c.tasks.support_x, c.tasks.support_y, c.vector
+    for name in ("hvp", "gauss_newton_product"):
+        got, want = getattr(native(c), name)(*own), passes_wanted(problem)[name]
+        assert_close(got, want, row(torch.float64, "pass"), problem.name)

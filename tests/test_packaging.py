@@ -101,7 +101,7 @@ def test_python_m_fastmaml_finds_the_extension(tmp_path, cwd):
 
 def test_the_extension_links_neither_torch_nor_cuda():
     content = core_file().read_bytes()
-    for library in (b"libtorch", b"libc10", b"libcudart", b"libgomp"):
+    for library in (b"libtorch", b"libc10", b"libcudart.so", b"libgomp"):
         assert library not in content
 
 
@@ -146,16 +146,45 @@ def test_the_source_distribution_is_complete(tmp_path):
 @pytest.mark.parametrize(
     ("knob", "answer"),
     [
-        ("FASTMAML_CUDA=ON", "no CUDA backend"),
-        ("FASTMAML_CUDA=maybe", "expected AUTO, ON or OFF"),
+        ("FASTMAML_CUDA=maybe", "expected AUTO, ON, OFF or EMULATED"),
         ("FASTMAML_ISA=mmx", "expected all, native"),
     ],
 )
 def test_build_knobs_answer_clearly(tmp_path, knob, answer):
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-D{knob}"]
+    assert answer in refusal(tmp_path, knob)
+
+
+def refusal(folder: Path, *knobs: str) -> str:
+    """Why CMake does not configure with these knobs, in one line."""
+    options = [f"-D{knob}" for knob in knobs]
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert answer in " ".join(done.stderr.split())
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
+def test_cuda_that_is_not_there_is_explained(tmp_path):
+    said = refusal(tmp_path, "FASTMAML_CUDA=ON", f"FASTMAML_NVCC={tmp_path}/none")
+    assert "found no nvcc on PATH or below CUDA_HOME" in said
+    assert "FASTMAML_CUDA=OFF" in said
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    old.chmod(0o755)
+    said = refusal(tmp_path, "FASTMAML_CUDA=ON", f"FASTMAML_NVCC={old}")
+    assert f"{old} is not of CUDA 12 or later (it says 'release 11.8')" in said
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
+def test_a_gpu_that_is_too_old_is_explained(tmp_path):
+    new, smi = tmp_path / "nvcc", tmp_path / "nvidia-smi"
+    new.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    smi.write_text("#!/bin/sh\necho 7.5\n")
+    for tool in (new, smi):
+        tool.chmod(0o755)
+    tools = [f"FASTMAML_NVCC={new}", f"NVIDIA_SMI={smi}"]
+    said = refusal(tmp_path, "FASTMAML_CUDA=ON", *tools)
+    assert "compute capability 7.5, and fastmaml needs 8.0 or later" in said
 
 
 # ------------------------------------------------------------- when the extension fails

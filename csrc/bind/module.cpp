@@ -152,7 +152,14 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FM_VERSION;
   info["build"] = FM_BUILD_INFO;
-  info["cuda"] = FM_CUDA_BUILD;
+  info["cuda"] = FM_CUDA_BUILD;  // for people; the next one for programs
+#if defined(FM_HAVE_CUDA)
+  info["cuda_backend"] = "cuda";
+#elif defined(FM_HAVE_CUDA_EMULATED)
+  info["cuda_backend"] = "cuda_emulated";
+#else
+  info["cuda_backend"] = "none";
+#endif
   info["isas"] = cpu::usable_isas();
   info["isa"] = cpu::current_isa();
   info["threads"] = cpu::num_threads();

@@ -138,6 +138,7 @@ void define(py::module_& m, const char* name) {
       .def("set_rates", &P::set_rates)
       .def("set_gradients", &P::set_gradients)
       .def("run", &P::run)
+      .def("launch", &P::launch)
       .def_property_readonly("plan", [](const P& p) { return p.plan(); });
 }
 

@@ -120,12 +120,14 @@ const Backend<S>& backend() {
   return cpu;
 }
 
-// The same kernels, given all tasks at once, as a GPU is: for tests of the driver.
+// The same kernels, given all tasks at once, as a GPU is, by a driver that doesn't look into their
+// memory: for tests of that.
 const Backend<S>& lockstep_backend() {
   static const Backend<S> cpu = [] {
     Backend<S> t = table();
     t.name = "cpu_lockstep";
     t.lockstep = true;
+    t.host_memory = false;
     t.slots = one_slot;
     t.for_each_task = all_tasks;
     t.for_each_range = whole_range;

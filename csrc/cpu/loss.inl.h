@@ -31,6 +31,11 @@ inline void cross_entropy_value(const LossArgs<S>& a, const Exec&) {
   for (index_t n = 0; n < a.samples; ++n) {
     const index_t row = n * a.outputs;
     bool correct = false;
+    if (labels[n] < 0 || labels[n] >= a.outputs) {  // where nobody could look at the door
+      value = std::numeric_limits<double>::quiet_NaN();
+      for (index_t o = 0; a.dz && o < a.outputs; ++o) a.dz[row + o] = S(value);
+      continue;
+    }
     value += math::cross_entropy(a.z + row, labels[n], a.outputs, a.scale,
                                  a.dz ? a.dz + row : nullptr, &correct);
     hits += correct;

@@ -30,11 +30,12 @@ void for_each_range(index_t n, index_t, void (*body)(void*, index_t, index_t), v
 
 #if defined(__CUDACC__)
 constexpr const char* kName = "cuda";
-constexpr bool kHostMemory = false;
 #else
 constexpr const char* kName = "cuda_emulated";
-constexpr bool kHostMemory = true;
 #endif
+
+// The driver looks into the emulation's memory no more than into a GPU's.
+constexpr bool kHostMemory = false;
 
 // In the order of LayerKind and LossKind.
 template <class S>

@@ -48,7 +48,7 @@ struct PixelClass {
 };
 
 // Where a pixel's tap 0 lies in the image; no tap of a row beyond the last is inside.
-struct PixelRow {
+struct alignas(8) PixelRow {
   int offset;
   short y, x;
 };
@@ -102,8 +102,10 @@ FM_DEVICE void copy_pixels(S* tile, const S* image, const PixelRow* rows, const 
                            bool valid, const ProductShape& s) {
   using Share = CopyShare<Columns, Unit>;
   tile += Share::column();
-#pragma unroll 4
-  for (int row = Share::row(); row < Rows; row += Share::kStep) {
+#pragma unroll 8
+  for (int first = 0; first < Rows; first += Share::kStep) {
+    const int row = first + Share::row();
+    if (Rows % Share::kStep != 0 && row >= Rows) break;
     const PixelRow at = rows[row];
     const bool inside = valid && unsigned(at.y + tap.y) < unsigned(s.height) &&
                         unsigned(at.x + tap.x) < unsigned(s.width);
@@ -118,8 +120,10 @@ template <int Rows, int Columns, int Stride, int Unit, class S>
 FM_DEVICE void copy_matrix(S* tile, const S* matrix, int pitch, int left, bool valid) {
   using Share = CopyShare<Columns, Unit>;
   tile += Share::column();
-#pragma unroll 4
-  for (int row = Share::row(); row < Rows; row += Share::kStep) {
+#pragma unroll 8
+  for (int first = 0; first < Rows; first += Share::kStep) {
+    const int row = first + Share::row();
+    if (Rows % Share::kStep != 0 && row >= Rows) break;
     const bool inside = valid && row < left;
     copy_async<Unit* int(sizeof(S))>(tile + row * Stride, inside ? matrix + row * pitch : matrix,
                                      inside);

@@ -18,7 +18,7 @@
 namespace FM_CUDA {
 
 // Whether 8 rows x 4 steps, words these distances apart, lie in 32 different banks.
-constexpr bool in_different_banks(int row, int step) {
+FM_HD constexpr bool in_different_banks(int row, int step) {
   std::uint32_t banks = 0;
   for (int i = 0; i < 32; ++i) banks |= std::uint32_t(1) << (i / 4 * row + i % 4 * step) % 32;
   return banks == 0xffffffffu;

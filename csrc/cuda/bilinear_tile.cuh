@@ -25,7 +25,7 @@ template <class S, Form form, int TileM, int TileN, int TileK>
 struct TileLayout {
   static constexpr bool kDepthInnerA = form != Form::weights, kDepthInnerB = form == Form::inputs;
   static constexpr int kLong = TileK + 16 / int(sizeof(S));
-  static constexpr int spread(int n) { return n % 16 == 8 ? n : n + 8; }
+  FM_HD static constexpr int spread(int n) { return n % 16 == 8 ? n : n + 8; }
   static constexpr int kStrideA = kDepthInnerA ? kLong : spread(TileM);
   static constexpr int kStrideB = kDepthInnerB ? kLong : spread(TileN);
   static constexpr int kSizeA = kStrideA * (kDepthInnerA ? TileM : TileK);

@@ -82,8 +82,10 @@ FM_DEVICE unsigned warp_ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
 
 inline void check_cuda(cudaError_t status, const char* text, const char* doing) {
   if (status == cudaSuccess) return;
+  const bool foreign = status == cudaErrorNoKernelImageForDevice;
   fail(kernel_name(text), ": ", doing, ": ", cudaGetErrorString(status), " (",
-       cudaGetErrorName(status), ")");
+       cudaGetErrorName(status), ")",
+       foreign ? "; rebuild with this GPU's compute capability in FASTMAML_CUDA_ARCHS" : "");
 }
 
 constexpr std::size_t kSharedWithoutAsking = 48 << 10;

@@ -191,6 +191,22 @@ void Network<S>::hessian_vector(Params theta, Params tw, const Batch<S>& batch, 
   }
 }
 
+template <class S>
+void Network<S>::gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch,
+                                     const Tape<S>& tape, const Tangent<S>& tangent, Rows<S> out,
+                                     const Exec& exec) const {
+  const index_t step = chunk_of(program_, backend_, batch.samples);
+  Update<S> next;
+  for (index_t at = 0; at < batch.samples; at += step) {
+    const Batch<S> part = slice(batch, at, min_of(step, batch.samples - at));
+    const Tape<S> here = tape.from(at, batch.samples);
+    tangent_forward(theta, tw, part, here, tangent, exec);
+    loss_hessian(part, here, tangent, tangent.tdz(), exec);
+    backward(theta, part, here, tangent.tdz(), out, next, exec);
+    next.base = {out.data, out.stride};
+  }
+}
+
 template class Network<float>;
 template class Network<double>;
 

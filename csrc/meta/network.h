@@ -106,6 +106,10 @@ class Network {
   void hessian_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
                       const Tangent<S>& tangent, Rows<S> tdw, const Update<S>& update,
                       const Exec& exec, const std::uint8_t* still = nullptr) const;
+  // out = J' H_loss J tw likewise, J being the derivative of the outputs. Takes the tape's
+  // adjoints.
+  void gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
+                           const Tangent<S>& tangent, Rows<S> out, const Exec& exec) const;
 
  private:
   LayerArgs<S> args(size_t l, Params theta, const Batch<S>& batch, const Tape<S>& tape) const;

@@ -79,20 +79,13 @@ class Products {
       const Params v{at(plan_.vector), P};
       const Tangent<S> tangent{&plan_.tangent, at(plan_.tangent_at), count};
       network_.gradient(theta, batch, tape, {}, {}, {}, exec);
-      curvature(theta, v, batch, tape, tangent, result, exec);
+      if (call_.product == Product::hessian) {
+        network_.hessian_vector(theta, v, batch, tape, tangent, result, {}, exec);
+      } else {
+        network_.gauss_newton_vector(theta, v, batch, tape, tangent, result, exec);
+      }
     }
     store_parameters(call_, {result.data, P}, call_.result, first, count, exec);
-  }
-
-  void curvature(Params theta, Params v, const Batch<S>& batch, const Tape<S>& tape,
-                 const Tangent<S>& tangent, Rows<S> result, const Exec& exec) const {
-    if (call_.product == Product::hessian) {
-      network_.hessian_vector(theta, v, batch, tape, tangent, result, {}, exec);
-      return;
-    }
-    network_.tangent_forward(theta, v, batch, tape, tangent, exec);
-    network_.loss_hessian(batch, tape, tangent, tangent.tdz(), exec);
-    network_.backward(theta, batch, tape, tangent.tdz(), result, {}, exec);
   }
 
   void forward(Params theta, const Batch<S>& batch, const Tape<S>& tape, index_t first,

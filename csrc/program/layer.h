@@ -120,7 +120,8 @@ struct LossArgs {
   const S* tz = nullptr;         // [T, N, outputs]
   S* dz = nullptr;               // [T, N, outputs], or null
   S* tdz = nullptr;              // [T, N, outputs] the loss Hessian times tz
-  // Sums over a task's samples, `value_stride` elements from task to task, both null or neither.
+  // Sums over a task's samples, `value_stride` elements from task to task, both null or neither. A
+  // label out of range makes the value, and dz of its sample, NaN.
   double* value = nullptr;
   double* accuracy = nullptr;  // share of the samples; cross-entropy only, else NaN
   index_t value_stride = 1;

@@ -89,10 +89,19 @@ def _obstacle(
     backend = choice.backend(device)
     if choice.engine in TEST_ENGINES and device.type != "cpu":
         return f"it takes a model on the CPU, got one on {device}"
-    reason = missing(backend)
-    if reason is None or backend == "cpu":
-        return reason
-    return f"the native engine has no backend for {device}: {reason}"
+    return _missing() or (
+        None
+        if (reason := missing(backend)) is None
+        else f"the native engine has no backend for {device}: {reason}"
+    )
+
+
+def _missing() -> str | None:
+    try:
+        from fastmaml.engines import native
+    except ImportError as error:
+        return f"the native engine can't be imported: {error}"
+    return native.unavailable()
 
 
 def _native(

@@ -1,0 +1,101 @@
+"""Backends of the native engine, and the fixture that runs a module's tests on each.
+
+A module with ``pytestmark = on_every_backend`` (and the fixture imported by conftest)
+goes through all that this build has; those that it has not are skipped, with the
+reason. Tests keep their tensors on the CPU: an engine on a GPU is wrapped, so that what
+it is given moves there, and what it gives moves back.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmaml.engines.placement import missing
+
+NAMES = ["cpu", "cpu_lockstep", "cuda_emulated", "cuda"]
+on_every_backend = pytest.mark.usefixtures("backend")
+_current = "cpu"
+
+
+def why_not(name: str) -> str | None:
+    """Why a backend can't run here, or ``None``."""
+    reason = missing(name)
+    if reason is None and name == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return reason
+
+
+def usable(names: list[str] = NAMES) -> list[Any]:
+    """Parameters for pytest: the names, those that can't run here marked to skip."""
+    marks = {n: [pytest.mark.skip(reason=r)] for n in names if (r := why_not(n))}
+    return [pytest.param(n, marks=marks.get(n, [])) for n in names]
+
+
+@pytest.fixture(scope="module", params=usable())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Makes `current` each of the backends in turn."""
+    global _current
+    _current = request.param
+    yield _current
+    _current = "cpu"
+
+
+def current() -> str:
+    """The backend whose turn it is; ``cpu`` outside of `on_every_backend`."""
+    return _current
+
+
+def cpu_alone() -> None:
+    """Skips what is about the CPU's threads, instruction sets or chunks."""
+    if _current != "cpu":
+        pytest.skip("about the CPU's own way to run tasks")
+
+
+def device_of(name: str) -> str:
+    return "cuda" if name == "cuda" else "cpu"
+
+
+def placed(model: nn.Module, name: str) -> nn.Module:
+    """The model where a backend takes it: itself, or a copy on the GPU."""
+    device = device_of(name)
+    return model if device == "cpu" else copy.deepcopy(model).to(device)
+
+
+class Elsewhere:
+    """An engine on a device, for callers that have everything on the CPU."""
+
+    def __init__(self, engine: Any, device: str) -> None:
+        self._engine, self._device = engine, device
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._engine, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            moved = moved_to(arguments, self._device)
+            return moved_to(found(*moved, **moved_to(options, self._device)), "cpu")
+
+        return call
+
+
+def moved_to(value: Any, device: str) -> Any:
+    """A value with every tensor in it on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {n: moved_to(v, device) for n, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved_to(v, device) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        kept = {n: moved_to(getattr(value, n), device) for n in names}
+        return dataclasses.replace(value, **kept)
+    return value
