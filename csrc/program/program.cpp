@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/error.h"
+#include "program/loss.h"
 
 namespace fm {
 namespace {
@@ -222,28 +223,6 @@ LayerDesc make_layer(Builder& b, const LayerSpec& s) {
   return d;
 }
 
-LossKind loss_kind(const LossSpec& loss) {
-  require(loss.reduction == "mean" ||
-              (loss.reduction == "sum_over_ways" && loss.kind == "cross_entropy"),
-          "reduction: expected 'mean' (or 'sum_over_ways' for cross_entropy), got '",
-          loss.reduction, "' for loss '", loss.kind, "'");
-  const char* names[] = {"mse",
-                         "cross_entropy",
-                         "policy_gradient",
-                         "likelihood_ratio",
-                         "gaussian_kl",
-                         "categorical_policy_gradient",
-                         "categorical_likelihood_ratio",
-                         "categorical_kl"};
-  static_assert(sizeof(names) / sizeof(*names) == size_t(LossKind::count));
-  std::string known;
-  for (int kind = 0; kind < int(LossKind::count); ++kind) {
-    if (loss.kind == names[kind]) return LossKind(kind);
-    known += (kind ? ", " : "") + std::string(names[kind]);
-  }
-  fail("loss: expected one of ", known, ", got '", loss.kind, "'");
-}
-
 Shape input_shape(const std::vector<index_t>& input) {
   require(input.size() == 1 || input.size() == 3,
           "input shape: expected [features] or [channels, height, width], got ", input.size(),
@@ -359,26 +338,7 @@ double Program::loss_scale(index_t samples) const {
   return (sum_over_ways_ ? outputs : 1.0) / n;
 }
 
-index_t Program::target_size() const {
-  const index_t outputs = output_.size();
-  switch (loss_) {
-    case LossKind::cross_entropy:
-      return 1;
-    case LossKind::gaussian_policy:
-      return outputs / 2 + 1;
-    case LossKind::gaussian_ratio:
-      return outputs / 2 + 2;
-    case LossKind::categorical_policy:
-      return 2;
-    case LossKind::categorical_ratio:
-      return 3;
-    case LossKind::gaussian_kl:
-    case LossKind::categorical_kl:
-      return outputs + 1;
-    default:
-      return outputs;
-  }
-}
+index_t Program::target_size() const { return loss_target_size(loss_, output_.size()); }
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
 // pooling the winning tap of every output (as an integer of the scalar's width), both fused the
