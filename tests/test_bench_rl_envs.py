@@ -15,7 +15,8 @@ from bench import rl_envs  # noqa: E402
 
 
 @pytest.mark.parametrize("case", ["cheetah-finn2017", "ant-gym"])
-def test_contenders_step_and_are_compared(case, tmp_path, capsys):
+def test_contenders_step_and_are_compared(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings where it runs
     out = tmp_path / "rl.json"
     quick = ["--rows", "6", "--rounds", "3", "--min-sample", "0.001", "--threads", "1"]
     rl_envs.main(["--out", str(out), "--cases", case, *quick])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,23 @@ def test_an_agent_is_drawn_or_the_reason_given(tmp_path: Path) -> None:
 def test_render_says_what_it_can_not_draw(tmp_path: Path) -> None:
     done = fastmaml("render", tmp_path, "--out", "agent.png", cwd=tmp_path)
     assert done.returncode == 2 and ".gif or .mp4" in done.stderr
+
+
+def test_a_recorded_run_becomes_a_row(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    try:
+        from bench.record_run import record
+        from bench.results_table import row
+    finally:
+        sys.path.pop(0)
+    run = tmp_path / "run"
+    words = ("--iterations", 1, "--no-plots")
+    assert fastmaml(*train("navigation", run, *words), cwd=tmp_path).returncode == 0
+    options = argparse.Namespace(
+        experiment="2D navigation", command="c", published="p", steps=[0, 1]
+    )
+    found = record(run, options)
+    assert [point["iteration"] for point in found["curve"]] == [1]
+    returns = json.loads((run / "evaluation.json").read_text())["returns"]
+    assert f"| {returns[0]:.2f} ± " in row(found)
+    assert "4 tasks, 4 episodes each" in row(found)

@@ -1,5 +1,6 @@
 """What rollouts rely on: rows, seeds, masks, tasks, and other people's environments."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -172,6 +173,8 @@ def test_tasks_are_numbered_and_checked():
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="preset must be one of code, paper"):
         Navigation2DVector(2, "gym")
+    with pytest.raises(ValueError, match="horizon must be at least 1 step, got 0"):
+        Navigation2DVector(2, horizon=0)
     envs = Navigation2DVector(2)
     with pytest.raises(gymnasium.error.ResetNeeded):
         envs.step(np.zeros((2, 2)))
@@ -245,6 +248,38 @@ def test_other_environments_become_rows(workers):
     other.close()
     assert not any(child.is_alive() for child in children)
     assert threading.active_count() == threads
+
+
+INTERRUPTED = """
+import os, signal
+import numpy as np
+from fastmaml.rl.envs import Navigation2D
+from fastmaml.rl.vector import make_rows
+many = make_rows(Navigation2D, 3, horizon=1000, workers=1)
+rows = make_rows("fastmaml/HalfCheetahDir-v0", 64, threads=3)
+print(*[child.pid for child in many._envs.processes], flush=True)
+many.reset(seed=0)
+rows.reset(seed=0)
+for t in range(1000):
+    many.step(np.zeros((3, 2)))
+    rows.step(np.zeros((64, 6)))
+    if t == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_an_interrupt_leaves_no_processes(tmp_path):
+    pytest.importorskip("mujoco.batch", reason="needs mujoco 3.17 or newer")
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert "KeyboardInterrupt" in done.stderr
+    children = [int(pid) for pid in done.stdout.split()]
+    assert len(children) == 3
+    for pid in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_environments_without_tasks_are_refused():

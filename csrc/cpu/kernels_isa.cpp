@@ -24,6 +24,7 @@
 #include "math/optimizer.h"
 #include "math/policy.h"
 #include "program/backend.h"
+#include "program/loss.h"
 #include "program/plan.h"
 
 #define FM_JOIN_(isa, dtype) isa##_##dtype
@@ -61,7 +62,7 @@ void each_task(const LayerArgs<S>& args, const Exec& exec) {
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
 void each_task(const LossArgs<S>& args, const Exec& exec) {
   const index_t element = Kind == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
-  const index_t target = target_size(Kind, args.outputs) * element;
+  const index_t target = loss_target_size(Kind, args.outputs) * element;
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t, target), exec);
 }
 

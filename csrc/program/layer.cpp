@@ -1,27 +1,7 @@
-// What a layer or a loss takes beside its inputs and outputs: targets, saved results, scratch.
+// What a layer takes beside its inputs and outputs: saved results and scratch.
 #include "program/layer.h"
 
 namespace fm {
-
-index_t target_size(LossKind kind, index_t outputs) {
-  switch (kind) {
-    case LossKind::cross_entropy:
-      return 1;
-    case LossKind::gaussian_policy:
-      return outputs / 2 + 1;
-    case LossKind::gaussian_ratio:
-      return outputs / 2 + 2;
-    case LossKind::categorical_policy:
-      return 2;
-    case LossKind::categorical_ratio:
-      return 3;
-    case LossKind::gaussian_kl:
-    case LossKind::categorical_kl:
-      return outputs + 1;
-    default:
-      return outputs;
-  }
-}
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
 // pooling the winning tap of every output (as an integer of the scalar's width), both fused the

@@ -122,9 +122,6 @@ enum class LossKind : int {
   count
 };
 
-// Elements of one sample's target: of S, or 1 for a label.
-index_t target_size(LossKind kind, index_t outputs);
-
 template <class S>
 struct LossArgs {
   index_t tasks = 1, samples = 0, outputs = 0;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/error.h"
+#include "program/loss.h"
 
 namespace fm {
 namespace {
@@ -223,28 +224,6 @@ LayerDesc make_layer(Builder& b, const LayerSpec& s) {
   return d;
 }
 
-LossKind loss_kind(const LossSpec& loss) {
-  require(loss.reduction == "mean" ||
-              (loss.reduction == "sum_over_ways" && loss.kind == "cross_entropy"),
-          "reduction: expected 'mean' (or 'sum_over_ways' for cross_entropy), got '",
-          loss.reduction, "' for loss '", loss.kind, "'");
-  const char* names[] = {"mse",
-                         "cross_entropy",
-                         "policy_gradient",
-                         "likelihood_ratio",
-                         "gaussian_kl",
-                         "categorical_policy_gradient",
-                         "categorical_likelihood_ratio",
-                         "categorical_kl"};
-  static_assert(sizeof(names) / sizeof(*names) == size_t(LossKind::count));
-  std::string known;
-  for (int kind = 0; kind < int(LossKind::count); ++kind) {
-    if (loss.kind == names[kind]) return LossKind(kind);
-    known += (kind ? ", " : "") + std::string(names[kind]);
-  }
-  fail("loss: expected one of ", known, ", got '", loss.kind, "'");
-}
-
 Shape input_shape(const std::vector<index_t>& input) {
   require(input.size() == 1 || input.size() == 3,
           "input shape: expected [features] or [channels, height, width], got ", input.size(),
@@ -379,6 +358,6 @@ std::vector<char> Program::tables() const {
   return bytes;
 }
 
-index_t Program::target_size() const { return fm::target_size(loss_, output_.size()); }
+index_t Program::target_size() const { return loss_target_size(loss_, output_.size()); }
 
 }  // namespace fm

@@ -79,7 +79,7 @@ class LocomotionEnv(TaskEnv):
         super().__init__(
             self.robot.objective,
             self.first_task if task is None else task,
-            horizon or self.robot.physics.horizon,
+            self.robot.physics.horizon if horizon is None else horizon,
         )
         self.data = mujoco.MjData(self.robot.model)
         fields = (*_STATE, *self.robot.fields)
@@ -152,7 +152,7 @@ class LocomotionVectorEnv(TaskVectorEnv):
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.preset = preset
         self.robot = robot = self.make_robot(preset)
-        horizon = horizon or robot.physics.horizon
+        horizon = robot.physics.horizon if horizon is None else horizon
         super().__init__(num_envs, robot.objective, horizon, *_spaces(robot))
         self.set_tasks(np.asarray(self.first_task)[None])
         self.threads = threads or get_num_threads()
