@@ -93,7 +93,7 @@ def test_what_can_not_be_captured():
     with pytest.raises(TypeError, match="expected one of fastmaml.optim, got torch"):
         CapturedStep(learner, torch.optim.Adam(learner.parameters()), tasks)
     learner, chosen = built("sinusoid", "cpu", "momentum")
-    with pytest.raises(ValueError, match="take one step before capturing"):
+    with pytest.raises(ValueError, match="Take one step before capturing"):
         CapturedStep(learner, chosen, tasks)
     learner, chosen = built("sinusoid", "cpu", "adam")
     slow = MAML(copy.deepcopy(learner.model), engine="functional")

@@ -5,8 +5,8 @@ take torch's place under the same names: arguments, ``param_groups``, ``state_di
 and schedulers are torch's own, and a state saved by one loads into the other. Updates
 agree with torch's to rounding.
 
-They run on the CPU, in float32 and float64, on strided tensors; everything else is an
-error that names the tensor and torch's class to use.
+They run where the native engine has a backend, in float32 and float64, on strided
+tensors; everything else is an error that names the tensor and torch's class to use.
 """
 
 from fastmaml.optim.adam import Adam, AdamW

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from fastmaml import _native
+from fastmaml.engines.placement import backend_for, missing
 from fastmaml.learners import MAML
 from fastmaml.optim import Adam
 from fastmaml.tasks.batch import TaskBatch
@@ -254,7 +254,7 @@ def user_errors() -> Iterator[None]:
 def adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
     """Adam in its fastest form that works for these parameters."""
     parameters = list(parameters)
-    if _native.unavailable() is None and all(p.is_cpu for p in parameters):
+    if all(missing(backend_for(p.device)) is None for p in parameters):
         return Adam(parameters, lr)
     try:
         return torch.optim.Adam(parameters, lr, fused=True)

@@ -55,8 +55,8 @@ class CapturedStep:
             )
         if _begins_otherwise(optimizer):
             raise ValueError(
-                "optimizer: SGD with dampening begins its buffer as the gradient, which "
-                "a captured step would repeat; take one step before capturing"
+                "optimizer: SGD with dampening begins its buffer as the gradient; a "
+                "captured step would not. Take one step before capturing"
             )
         self._learner, self._optimizer = learner, optimizer
         self._tasks = TaskBatch(*(getattr(tasks, name).clone() for name in _PARTS))
