@@ -23,7 +23,7 @@ MAY_INCLUDE = {
     "math": {"common", "math"},
     "program": {"common", "math", "program"},
     "cpu": {"common", "math", "program", "cpu"},
-    "cuda": {"common", "math", "program", "cuda"},
+    "cuda": {"common", "math", "program", "tasks", "cuda"},
     "meta": {"common", "math", "program", "meta"},
     "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
@@ -64,7 +64,7 @@ def find(root: Path, path: Path, pattern: str, wrong: str) -> Iterator[str]:
 def includes_go_one_way(root: Path) -> Iterator[str]:
     """Includes follow common <- math <- program <- {cpu, cuda, meta} <- bind.
 
-    Beside program and what follows it, tasks stands between math and bind.
+    Beside program and what follows it, tasks stands between math and {cuda, bind}.
     """
     for path in files(root, ".cpp", ".h", ".cu", ".cuh"):
         own = path.relative_to(root).parts[1]
