@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulated_bilinear import PASSES, ROOT, Memory
+from emulated_bilinear import PASSES, ROOT
+from emulated_bilinear import Memory as NanMemory
 from torch import Tensor
 
 KERNELS = ("elementwise", "batch_norm", "batch_norm_pool", "layer_norm", "pool")
@@ -51,6 +52,35 @@ class _Buffers(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _COUNTS),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     )
+
+
+class Memory(NanMemory):
+    """Results lie among other NaN than inputs do, so that a NaN written there shows."""
+
+    def empty(self, count: int) -> Tensor:
+        """Room for a result."""
+        inside = super().empty(count)
+        self._bits(self._kept[-1][0]).fill_(-1)
+        return inside
+
+    def put(self, values: Tensor) -> Tensor:
+        """A copy of an input."""
+        inside = super().empty(values.numel())
+        inside.copy_(values.flatten())
+        return inside.view(values.shape)
+
+    def check(self) -> None:
+        """Raises if something around one of the arrays was written."""
+        for room, inside in self._kept:
+            first = inside.storage_offset()
+            around = (room[:first], room[first + inside.numel() :])
+            bits = self._bits(torch.cat(around))
+            assert (bits == bits[0]).all(), "wrote outside an array"
+
+    @staticmethod
+    def _bits(values: Tensor) -> Tensor:
+        whole = {torch.float32: torch.int32, torch.float64: torch.int64}
+        return values.view(whole[values.dtype])
 
 
 # -- the driver ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import shutil
 import emulated_layers as emulated
 import pytest
 import torch
-from emulated_bilinear import Memory
+from emulated_layers import Memory
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

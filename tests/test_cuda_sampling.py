@@ -9,7 +9,7 @@ import emulated_layers as emulated
 import numpy as np
 import pytest
 import torch
-from emulated_bilinear import Memory
+from emulated_layers import Memory
 
 from fastmaml.tasks import FewShotImages, Sinusoid
 from fastmaml.tasks.philox import distinct, task_words
