@@ -1,4 +1,4 @@
-// What a layer takes beside its inputs and outputs: saved results and scratch.
+// What a layer keeps from pass to pass, and the scratch memory of a pass: both per task.
 #include "program/layer.h"
 
 namespace fm {
