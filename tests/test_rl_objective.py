@@ -239,3 +239,41 @@ def test_what_is_not_finite_moves_nothing(broken):
         THETA, gradient, lambda v: scale * v, lambda t: (-1.0, 0.0), 0.0, Trpo()
     )
     assert new is THETA and not report.accepted
+
+
+@pytest.mark.parametrize("name", ["policy_gradient", "likelihood_ratio", "gaussian_kl"])
+def test_the_native_losses_floor_spreads_as_the_others_do(name):
+    from oracles import hvp, value_and_grad
+
+    from fastmaml.compile import compile_module
+    from fastmaml.engines.native import NativeEngine
+    from fastmaml.losses import BUILT_IN, LOG_STD_FLOOR, POLICY_TARGETS
+    from fastmaml.models import gaussian_policy_mlp
+
+    model = gaussian_policy_mlp(3, 2, (4,)).double()
+    with torch.no_grad():
+        model[-1].value.copy_(torch.tensor([LOG_STD_FLOOR - 3, -0.5]))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 3, generator=generator, dtype=torch.float64)
+    size = POLICY_TARGETS[name][0](4)
+    y = torch.randn(1, 4, size, generator=generator, dtype=torch.float64)
+    y[..., 0] = model(x[0])[None, :, 0].detach() + 1e-7 * y[..., 0]  # near the mean
+    if name == "likelihood_ratio":
+        y[..., -1] += 12  # about the log density there
+    elif name == "gaussian_kl":
+        y[..., 2] = LOG_STD_FLOOR - 1  # floored too
+    params = {n: p.detach()[None] for n, p in model.named_parameters()}
+    engine = NativeEngine(compile_module(model, name).program, model)
+    loss, slopes = engine.value_and_grad(params, x, y)
+    want_loss, want = value_and_grad(model, BUILT_IN[name], params, x, y)
+    # a - m loses six digits where the spread is 1e-6
+    assert_close(loss, want_loss, "differences", "loss")
+    assert_close(slopes, want, "differences", "gradient")
+    last = [*params][-1]
+    assert slopes[last][0, 0] == 0 and slopes[last][0, 1] != 0
+    v = {n: torch.ones_like(p) for n, p in params.items()}
+    product = engine.hvp(params, x, y, v)
+    assert_close(
+        product, hvp(model, BUILT_IN[name], params, x, y, v), "differences", ""
+    )
+    assert product[last][0, 0] == 0
