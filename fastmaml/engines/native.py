@@ -65,8 +65,8 @@ class NativeEngine:
         program: from `fastmaml.compile.compile_module`.
         model: gives the parameters' shapes and order; never called or modified.
         memory: ``keep`` the activations of every inner step for the chain, or
-            ``recompute`` them there; ``auto`` keeps up to 512 MiB, and does tasks of
-            small networks of linear layers in one piece.
+            ``recompute`` them there; ``auto`` keeps up to 512 MiB, and does each task
+            of a small network in one piece.
 
     Raises:
         ValueError: for an unknown ``memory``.
@@ -98,15 +98,8 @@ class NativeEngine:
         p = getattr(self._plan, "plan", self._plan)
         if p is None:
             return None
-        return Plan(
-            p.bytes,
-            p.slots,
-            p.slot_bytes,
-            p.shared_bytes,
-            p.tape_bytes,
-            p.kept,
-            p.resident,
-        )
+        names = "bytes slots slot_bytes shared_bytes tape_bytes kept resident"
+        return Plan(*(getattr(p, name) for name in names.split()))
 
     # -- the protocol -------------------------------------------------------------
 
