@@ -64,9 +64,8 @@ class NativeEngine:
     Args:
         program: from `fastmaml.compile.compile_module`.
         model: gives the parameters' shapes and order; never called or modified.
-        memory: ``keep`` the activations of every inner step for the chain, or
-            ``recompute`` them there; ``auto`` keeps up to 512 MiB, and does each task
-            of a small network in one piece.
+        memory: ``keep`` every inner step's activations for the chain, or ``recompute``
+            them; ``auto`` keeps 512 MiB, and does tasks of small networks in one piece.
 
     Raises:
         ValueError: for an unknown ``memory``.
@@ -95,11 +94,10 @@ class NativeEngine:
     @property
     def plan(self) -> Plan | None:
         """Memory of the latest call; ``None`` before the first."""
-        p = getattr(self._plan, "plan", self._plan)
-        if p is None:
+        if (p := getattr(self._plan, "plan", self._plan)) is None:
             return None
-        names = "bytes slots slot_bytes shared_bytes tape_bytes kept resident"
-        return Plan(*(getattr(p, name) for name in names.split()))
+        sizes = p.bytes, p.slots, p.slot_bytes, p.shared_bytes, p.tape_bytes
+        return Plan(*sizes, p.kept, p.resident)
 
     # -- the protocol -------------------------------------------------------------
 
