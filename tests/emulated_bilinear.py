@@ -51,7 +51,7 @@ def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDL
     sources = [
         *sorted((source / "cuda").glob("bilinear*.cu")),
         *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
-        *(source / "program" / f"{n}.cpp" for n in ("program", "geometry", "layer")),
+        *(source / "program").glob("*.cpp"),
         ROOT / "tests" / "emulation" / "bilinear.cpp",
     ]
 

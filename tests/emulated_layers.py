@@ -126,7 +126,7 @@ def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> Driver:
     sources = [
         *(source / "cuda" / f"{name}.cu" for name in KERNELS),
         *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
-        *(source / "program" / f"{n}.cpp" for n in ("program", "geometry", "layer")),
+        *(source / "program").glob("*.cpp"),
         ROOT / "tests" / "emulation" / "layers.cpp",
     ]
 
