@@ -48,11 +48,13 @@ namespace FM_KERNELS {
 // A backend pass takes T tasks; the kernels above take one.
 template <void (*Pass)(const LayerArgs<S>&, const Exec&)>
 void each_task(const LayerArgs<S>& args, const Exec& exec) {
+  if (args.tasks == 1) return Pass(args, exec);  // without a copy: small layers take less than that
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t), exec);
 }
 
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
 void each_task(const LossArgs<S>& args, const Exec& exec) {
+  if (args.tasks == 1) return Pass(args, exec);
   const index_t target = Kind == LossKind::cross_entropy     ? index_t(sizeof(std::int64_t))
                          : Kind == LossKind::gaussian_policy ? (args.outputs / 2 + 1) * sizeof(S)
                                                              : args.outputs * sizeof(S);
