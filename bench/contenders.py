@@ -81,6 +81,8 @@ def ours(workload: Workload, engine: Engine = "native") -> Contender:
         else workload.source(workload.support, workload.query)
     )
 
+    named = dict(model.named_parameters())
+
     def backward(tasks: TaskBatch) -> Tensor:
         return learner.backward(tasks, accumulate=False)
 
@@ -94,7 +96,7 @@ def ours(workload: Workload, engine: Engine = "native") -> Contender:
 
     def meta_gradient(tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         loss = backward(tasks)
-        return loss, {n: p.grad for n, p in model.named_parameters()}
+        return loss, {n: p.grad for n, p in named.items()}
 
     return Contender(
         OURS if engine == "native" else f"{OURS} ({engine} engine)",

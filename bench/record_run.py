@@ -23,19 +23,31 @@ def record(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     evaluation = json.loads((run / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     known = facts.collect()
-    first = evaluation["rows"][0]
+    first = evaluation["rows"][0] if "rows" in evaluation else _agent(evaluation)
+    curve = [
+        {"iteration": row["iteration"], "returns": row["returns"]}
+        for row in rows
+        if row["kind"] == "validation" and "returns" in row
+    ]
     return {
         "experiment": options.experiment,
         "command": options.command,
         "published": options.published,
-        "measure": "accuracy" if "accuracy" in first else "loss",
+        "measure": next(m for m in ("accuracy", "returns", "loss") if m in first),
         "steps": options.steps,
         "evaluation": first,
+        **({"curve": curve} if curve else {}),
         "seconds": max(row.get("seconds", 0.0) for row in rows),
         "machine": f"{known['machine']['cpu']}, {known['machine']['cores']} cores",
         "commit": known["commit"],
         "date": known["date"][:10],
     }
+
+
+def _agent(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An agent's evaluation, named as the rows of supervised ones are."""
+    renamed = {"interval": "returns_interval"}
+    return {renamed.get(key, key): value for key, value in evaluation.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

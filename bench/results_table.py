@@ -33,12 +33,17 @@ def row(run: dict[str, Any]) -> str:
     percent = measure == "accuracy"
     values, spread = evaluation[measure], evaluation[f"{measure}_interval"]
     form = "{:.1f} ± {:.1f}%" if percent else "{:.3f} ± {:.3f}"
+    if measure == "returns":
+        form = "{:.2f} ± {:.2f}"
     scale = 100 if percent else 1
     measured = " / ".join(
         form.format(scale * values[step], scale * spread[step]) for step in run["steps"]
     )
-    mode = "transductive" if evaluation["transductive"] else "inductive"
-    on = f"{evaluation['tasks']} tasks, {evaluation['queries']} queries, {mode}"
+    if measure == "returns":
+        on = f"{evaluation['tasks']} tasks, {evaluation['episodes']} episodes each"
+    else:
+        mode = "transductive" if evaluation["transductive"] else "inductive"
+        on = f"{evaluation['tasks']} tasks, {evaluation['queries']} queries, {mode}"
     how = f"`{run['command']}`, {run['seconds']:.0f} s on {run['machine']}"
     source = f"{run['commit']}, {run['date']}"
     return (

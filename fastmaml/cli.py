@@ -1,4 +1,4 @@
-"""The command ``fastmaml train | evaluate | plot | info | bench``.
+"""The command ``fastmaml train | evaluate | plot | render | info | bench``.
 
 Settings are dataclasses, which tyro turns into options. Errors a user can put right
 are one line on standard error and exit code 2; a second Ctrl-C, or one outside of
@@ -20,6 +20,7 @@ usage: fastmaml COMMAND ...
   train EXPERIMENT   meta-train: {experiments}
   evaluate RUN       the paper's table row for a run, on new tasks
   plot RUN           learning curve and figures of a run, as PNGs
+  render RUN         an animation of an agent that has adapted, as a GIF or mp4
   info               version, build, devices, and why anything is missing
   bench              a quick table of speeds on this machine
 
@@ -75,7 +76,6 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _train(arguments: list[str]) -> int:
     from fastmaml.recipes import names, recipe
-    from fastmaml.recipes.common import train
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: fastmaml train {{{','.join(names())}}} [options]")
@@ -84,7 +84,8 @@ def _train(arguments: list[str]) -> int:
     if name not in names():
         return _fail(f"no experiment {name!r}: choose one of {', '.join(names())}")
     kind = recipe(name)
-    return train(_parse(kind, rest, f"fastmaml train {name}", _defaults(kind, rest)))
+    program = f"fastmaml train {name}"
+    return _parse(kind, rest, program, _defaults(kind, rest)).train()
 
 
 def _defaults(kind: Any, arguments: list[str]) -> Any:
@@ -110,7 +111,7 @@ def _defaults(kind: Any, arguments: list[str]) -> Any:
         return before if isinstance(before, kind) else kind.from_preset("paper")
     selected = {k: getattr(known, k) for k in kind.selectors}
     selected = {k: v for k, v in selected.items() if v is not None}
-    preset = "code" if known.preset == "code" else "paper"
+    preset = known.preset if known.preset in kind.presets else "paper"
     return kind.from_preset(preset, **selected)
 
 
@@ -163,6 +164,13 @@ def _plot(arguments: list[str]) -> int:
     return 0
 
 
+def _render(arguments: list[str]) -> int:
+    from fastmaml.rl.render import Render, render
+
+    print(f"wrote {render(_parse(Render, arguments, 'fastmaml render'))}")
+    return 0
+
+
 def _info(arguments: list[str]) -> int:
     from fastmaml import info
 
@@ -182,6 +190,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "plot": _plot,
+    "render": _render,
     "info": _info,
     "bench": _bench,
 }

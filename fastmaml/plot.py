@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastmaml.recipes.common import UserError, load_run
+from fastmaml.recipes.common import Experiment, UserError, load_experiment, load_run
 from fastmaml.recipes.images import ImageExperiment
 from fastmaml.recipes.sinusoid import Sinusoid
 from fastmaml.train.logging import read_metrics
@@ -57,6 +57,12 @@ def plot_run(
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install matplotlib") from error
+    figures: dict[str, Figure]
+    if not isinstance(load_experiment(run_dir), Experiment):
+        from fastmaml.rl.plot import agent_figures
+
+        figures = agent_figures(run_dir, checkpoint, seed)
+        return _written(figures, Path(run_dir) / "plots")
     experiment, learner, _, iteration = load_run(run_dir, checkpoint)
     figures = {}
     rows = read_metrics(run_dir)
@@ -69,7 +75,10 @@ def plot_run(
         figures["sinusoid"] = sinusoid_figure(experiment, learner, iteration, seed)
     elif isinstance(experiment, ImageExperiment):
         figures["task"] = task_sheet(experiment, learner, iteration, seed)
-    folder = Path(run_dir) / "plots"
+    return _written(figures, Path(run_dir) / "plots")
+
+
+def _written(figures: dict[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)

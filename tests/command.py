@@ -14,6 +14,11 @@ TINY = {
         *("--test-tasks", "6", "--validation-tasks", "4", "--no-tensorboard"),
         *("--characters", "60", "--channels", "4", "--meta-batch", "2"),
     ],
+    "navigation": [
+        *("--test-tasks", "4", "--validation-tasks", "3", "--no-tensorboard"),
+        *("--meta-batch", "3", "--episodes", "4", "--horizon", "20"),
+        *("--hidden", "8", "8", "--test-episodes", "4"),
+    ],
 }
 
 

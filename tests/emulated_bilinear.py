@@ -7,7 +7,6 @@ array lies in NaN, so that what is read outside of it shows, and writes are foun
 from __future__ import annotations
 
 import ctypes
-import itertools
 import subprocess
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +51,7 @@ def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDL
     sources = [
         *sorted((source / "cuda").glob("bilinear*.cu")),
         *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
-        *(source / "program" / f"{n}.cpp" for n in ("program", "geometry")),
+        *(source / "program" / f"{n}.cpp" for n in ("program", "geometry", "layer")),
         ROOT / "tests" / "emulation" / "bilinear.cpp",
     ]
 
@@ -393,10 +392,3 @@ def in_engine_layout(layer: Layer, named: Named, y: Tensor) -> Named:
     if layer.bias:
         result |= {n: named[n] for n in ("db", "tdb")}
     return result
-
-
-def every(**choices: Iterable) -> list[dict]:
-    """All combinations of the choices."""
-    return [
-        dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())
-    ]

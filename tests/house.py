@@ -64,7 +64,7 @@ def find(root: Path, path: Path, pattern: str, wrong: str) -> Iterator[str]:
 def includes_go_one_way(root: Path) -> Iterator[str]:
     """Includes follow common <- math <- program <- {cpu, cuda, meta} <- bind.
 
-    Beside program and what follows it, tasks stands between math and bind.
+    Beside program and what follows it, tasks stands between math and {cuda, bind}.
     """
     for path in files(root, ".cpp", ".h", ".cu", ".cuh"):
         own = path.relative_to(root).parts[1]

@@ -365,8 +365,18 @@ LOSS = [
         if (ways, samples) != (5, 1) or reduction == "mean"
     ),
     *(
-        Problem(f"policy-gradient-{a}", _policy(a), (3,), 2 * a, loss="policy_gradient")
-        for a in (1, 3, 9)
+        Problem(f"{loss.replace('_', '-')}-{a}", _policy(a), (3,), 2 * a, loss=loss)
+        for loss in ("policy_gradient", "likelihood_ratio", "gaussian_kl")
+        for a in ((1, 3, 9) if loss == "policy_gradient" else (1, 3))
+    ),
+    *(
+        Problem(f"{loss.replace('_', '-')}-{o}", _mlp(3, 7, o), (3,), o, loss=loss)
+        for loss in (
+            "categorical_policy_gradient",
+            "categorical_likelihood_ratio",
+            "categorical_kl",
+        )
+        for o in (2, 5)
     ),
 ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmaml.losses import POLICY_TARGETS
 from fastmaml.tasks.batch import TaskBatch
 
 Builder = Callable[[], nn.Module]
@@ -73,10 +74,14 @@ class Problem:
         )
         if self.loss == "cross_entropy":
             return x, torch.randint(self.outputs, shape, generator=generator)
-        width = (
-            self.outputs // 2 + 1 if self.loss == "policy_gradient" else self.outputs
-        )
-        return x, torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+        size, _ = POLICY_TARGETS.get(self.loss, (lambda outputs: outputs, ""))
+        width = size(self.outputs)
+        y = torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+        if self.loss.startswith("categorical") and self.loss != "categorical_kl":
+            y[..., 0] = torch.randint(self.outputs, shape, generator=generator)
+        if self.loss == "likelihood_ratio":
+            y[..., -1] -= self.outputs  # about what log densities are
+        return x, y
 
     def tasks(
         self, tasks: int = 2, support: int = 0, query: int = 0, seed: int = 0

@@ -145,16 +145,25 @@ def _wait_for_iteration(run: Path, iteration: int, process: Any) -> None:
 
 @pytest.mark.parametrize(
     ("experiment", "iterations", "killed_at"),
-    [("sinusoid", 400, (90, 250)), ("glyphs", 60, (22,))],
+    [
+        ("sinusoid", 400, (90, 250)),
+        ("glyphs", 60, (22,)),
+        ("navigation", 60, (13, 40)),
+        ("navigation --outer ppo", 30, (13,)),
+    ],
 )
 def test_killed_and_resumed_ends_in_the_same_bits(
     tmp_path: Path, experiment: str, iterations: int, killed_at: tuple[int, ...]
 ) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    cadence = CADENCE
+    experiment, *options = experiment.split()
+    cadence: tuple[Any, ...] = (*CADENCE, "--learn-rates")
     if experiment == "glyphs":
         cadence = ("--log-every", 3, "--validate-every", 20, "--checkpoint-every", 8)
-    words = ("--iterations", iterations, "--learn-rates", *cadence, *QUIET)
+        cadence += ("--learn-rates",)
+    elif experiment == "navigation":
+        cadence = ("--validate-every", 9, "--checkpoint-every", 4, *options)
+    words = ("--iterations", iterations, *cadence, *QUIET)
     done = fastmaml(*train(experiment, straight, *words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     command = train(experiment, broken, *words)

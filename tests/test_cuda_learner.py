@@ -27,7 +27,7 @@ def pair(name, device="cuda"):
     problem = BY_NAME[name]
     model = problem.build()
     there = copy.deepcopy(model).to(device)
-    learners = [learner_for(problem, "auto", model=m) for m in (model, there)]
+    learners = [learner_for(problem, "native", model=m) for m in (model, there)]
     tasks = problem.tasks(3)
     return learners, (tasks, tasks.to(device=device))
 
@@ -42,7 +42,7 @@ def check(name, device="cuda"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_auto_takes_the_gpu(name):
+def test_native_takes_the_gpu(name):
     (_, there), _ = pair(name)
     assert there.report.engine == "native" and "cuda" in there.report.device
     check(name)
@@ -96,7 +96,9 @@ def test_precisions_differ_and_are_near(precision):
     tasks = problem.tasks(3).to(dtype=torch.float32, device="cuda")
     found = []
     for p in ("float32", precision):
-        learner = learner_for(problem, "auto", model=copy.deepcopy(model), precision=p)
+        learner = learner_for(
+            problem, "native", model=copy.deepcopy(model), precision=p
+        )
         found.append(learner.backward(tasks).item())
     assert found[0] != found[1]
     assert found[1] == pytest.approx(found[0], rel=0.05)

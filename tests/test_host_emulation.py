@@ -50,6 +50,7 @@ def build(tmp_path_factory):
                 [*command, *sources, "-o", str(target)],
                 capture_output=True,
                 text=True,
+                env=environment(),
                 check=False,
             )
             if done.returncode and re.search(
@@ -63,14 +64,19 @@ def build(tmp_path_factory):
     return compile_once
 
 
-def run(program: Path, *words: str, **environment: str):
+def environment(**changes: str) -> dict[str, str]:
+    """The environment without what this process may have been told for itself."""
     own = ("LD_PRELOAD", "FASTMAML_EMULATION_SHUFFLE")
     clean = {k: v for k, v in os.environ.items() if k not in own}
+    return {**clean, "ASAN_OPTIONS": "detect_leaks=0", **changes}
+
+
+def run(program: Path, *words: str, **changes: str):
     return subprocess.run(
         [program, *words],
         capture_output=True,
         text=True,
-        env={**clean, "ASAN_OPTIONS": "detect_leaks=0", **environment},
+        env=environment(**changes),
         timeout=120,
         check=False,
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastmaml import FOMAML, MAML, TaskBatch
 from fastmaml.engines import MetaGradient
+from fastmaml.learners import selection
 
 
 def mlp():
@@ -166,3 +167,21 @@ def test_little_time_passes_outside_the_engine():
         learner.meta_loss(tasks)
         best = min(best, time.perf_counter() - start)
     assert best < 200e-6
+
+
+@pytest.mark.parametrize("engine", ["auto", "native"])
+def test_kernels_that_no_gpu_has_run_are_taken_on_request_alone(monkeypatch, engine):
+    class OnGpu:
+        device = torch.device("cuda")
+
+    class Model:
+        @staticmethod
+        def parameters():
+            return iter([OnGpu])
+
+    class Native:
+        native = True
+
+    monkeypatch.setattr(selection, "missing", lambda backend: None)
+    found = selection._obstacle(Model, selection.EngineChoice(engine), Native)
+    assert found == (selection.UNPROVEN if engine == "auto" else None)

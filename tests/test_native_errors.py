@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -134,6 +135,17 @@ def test_labels_out_of_range(call, label):
     text = which(call, "y") + ": expected labels from 0 to 4", "5 outputs", f"{label}"
     with pytest.raises(ValueError, match=says(*text, "sample 3 of task 1")):
         calls(c, y=y, closed=False)[call]()
+
+
+@pytest.mark.parametrize("loss", ["policy_gradient", "likelihood_ratio"])
+@pytest.mark.parametrize("action", [-1.0, 5.0, 0.5, math.nan, math.inf])
+def test_categorical_actions_out_of_range(loss, action):
+    c = case(f"categorical-{loss.replace('_', '-')}-5")
+    y = c.tasks.support_y.clone()
+    y[1, 3, 0] = action
+    text = "y: expected actions from 0 to 4", "5 outputs", f"{action:g}"
+    with pytest.raises(ValueError, match=says(*text, "sample 3 of task 1")):
+        native(c).value_and_grad(c.params, c.tasks.support_x, y)
 
 
 @pytest.mark.parametrize("call", TAKE_X)

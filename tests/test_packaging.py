@@ -187,6 +187,30 @@ def test_a_gpu_that_is_too_old_is_explained(tmp_path):
     assert "compute capability 7.5, and fastmaml needs 8.0 or later" in said
 
 
+EMULATED = "emulated on the CPU"
+if not list((ROOT / "csrc" / "cuda").glob("backend_*.cpp")):
+    EMULATED = "none: this version has no CUDA backend"
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not on PATH")
+@pytest.mark.parametrize(
+    ("knobs", "built"),
+    [
+        (["FASTMAML_CUDA=OFF"], "none: built with FASTMAML_CUDA=OFF"),
+        (["FASTMAML_CUDA=AUTO", "FASTMAML_NVCC=none"], "none: found no nvcc on PATH"),
+        (["FASTMAML_CUDA=EMULATED", "FASTMAML_SANITIZE=address,undefined"], EMULATED),
+    ],
+)
+def test_the_build_says_which_cuda_backend_it_has(tmp_path, knobs, built):
+    pybind11 = pytest.importorskip("pybind11")
+    found = [f"pybind11_DIR={pybind11.get_cmake_dir()}", "FASTMAML_ISA=baseline"]
+    options = [f"-D{knob}" for knob in [*knobs, *found]]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"CUDA: {built}" in done.stdout
+
+
 # ------------------------------------------------------------- when the extension fails
 def test_a_broken_extension_is_explained_at_use(tmp_path):
     stub = tmp_path / "_core.so"

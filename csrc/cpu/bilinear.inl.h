@@ -58,17 +58,29 @@ FM_INLINE void transpose_block(const S* src, index_t src_stride, index_t rows, i
   }
 }
 
-// dst[c, r] = src[r, c]
-inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst) {
+// Lane i of v[0] becomes the sum of the lanes of v[i], added in halves.
+template <int Step>
+FM_INLINE void sum_each(V (&v)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Step; ++i) {
+    swap_quarters<Step>(v[i], v[i + Step], std::make_integer_sequence<int, int(kLanes)>{});
+    v[i] += v[i + Step];
+  }
+  if constexpr (Step > 1) sum_each<Step / 2>(v);
+}
+
+// dst[c, r] = src[r, c], whose rows are `dst_row` apart
+inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst,
+                      index_t dst_row) {
   for (index_t r = 0; r < rows; r += kLanes) {
     for (index_t c = 0; c < columns; c += kLanes) {
       const index_t height = min_of(kLanes, rows - r), width = min_of(kLanes, columns - c);
       const S* from = src + r * columns + c;
-      S* to = dst + c * rows + r;
+      S* to = dst + c * dst_row + r;
       if (height == kLanes && width == kLanes) {
-        transpose_block<false>(from, columns, height, width, to, rows);
+        transpose_block<false>(from, columns, height, width, to, dst_row);
       } else {
-        transpose_block<true>(from, columns, height, width, to, rows);
+        transpose_block<true>(from, columns, height, width, to, dst_row);
       }
     }
   }
@@ -79,7 +91,7 @@ inline const S* transposed_weights(const LayerDesc& d, const S* w, S* dst) {
   const index_t in = d.in.channels, out = d.out.channels;
   const index_t pixels = d.window.kernel[0] * d.window.kernel[1];
   if (in == 1 || out == 1) return w;
-  for (index_t p = 0; p < pixels; ++p) transpose(w + p * in * out, in, out, dst + p * in * out);
+  for (index_t p = 0; p < pixels; ++p) transpose(w + p * in * out, in, out, dst + p * in * out, in);
   return dst;
 }
 

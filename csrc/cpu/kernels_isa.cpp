@@ -3,10 +3,12 @@
 // The build defines FM_ISA_NAME (baseline, avx2, avx512), FM_SCALAR and FM_DTYPE_NAME (f32, f64);
 // everything below lives in the namespace fm::cpu::<isa>_<dtype>, and the one symbol that leaves
 // this file is fm::cpu::<isa>_<dtype>::backend().
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +24,8 @@
 #include "math/optimizer.h"
 #include "math/policy.h"
 #include "program/backend.h"
+#include "program/loss.h"
+#include "program/plan.h"
 
 #define FM_JOIN_(isa, dtype) isa##_##dtype
 #define FM_JOIN(isa, dtype) FM_JOIN_(isa, dtype)
@@ -41,6 +45,10 @@
 #include "cpu/loss.inl.h"
 #include "cpu/vector_ops.inl.h"
 #include "cpu/optimizer.inl.h"
+#include "cpu/rows.inl.h"
+#include "cpu/row_tree.inl.h"
+#include "cpu/resident_plan.inl.h"
+#include "cpu/resident.inl.h"
 // clang-format on
 
 namespace FM_KERNELS {
@@ -55,9 +63,8 @@ void each_task(const LayerArgs<S>& args, const Exec& exec) {
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
 void each_task(const LossArgs<S>& args, const Exec& exec) {
   if (args.tasks == 1) return Pass(args, exec);
-  const index_t target = Kind == LossKind::cross_entropy     ? index_t(sizeof(std::int64_t))
-                         : Kind == LossKind::gaussian_policy ? (args.outputs / 2 + 1) * sizeof(S)
-                                                             : args.outputs * sizeof(S);
+  const index_t element = Kind == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
+  const index_t target = loss_target_size(Kind, args.outputs) * element;
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t, target), exec);
 }
 
@@ -65,6 +72,11 @@ template <LossKind Kind, void (*Value)(const LossArgs<S>&, const Exec&),
           void (*Hessian)(const LossArgs<S>&, const Exec&)>
 constexpr LossOps<S> loss_ops() {
   return {each_task<Kind, Value>, each_task<Kind, Hessian>};
+}
+
+template <LossKind Kind, class Loss>
+constexpr LossOps<S> policy_ops() {
+  return loss_ops<Kind, policy_value<Loss>, policy_hessian<Loss>>();
 }
 
 template <void (*Forward)(const LayerArgs<S>&, const Exec&),
@@ -105,10 +117,16 @@ constexpr Backend<S> table() {
        ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
       {loss_ops<LossKind::squared_error, squared_error_value, squared_error_hessian>(),
        loss_ops<LossKind::cross_entropy, cross_entropy_value, cross_entropy_hessian>(),
-       loss_ops<LossKind::gaussian_policy, gaussian_policy_value, gaussian_policy_hessian>()},
+       policy_ops<LossKind::gaussian_policy, math::PolicyGradient<math::Gaussian>>(),
+       policy_ops<LossKind::gaussian_ratio, math::LikelihoodRatio<math::Gaussian>>(),
+       policy_ops<LossKind::gaussian_kl, math::KlDivergence<math::Gaussian>>(),
+       policy_ops<LossKind::categorical_policy, math::PolicyGradient<math::Categorical>>(),
+       policy_ops<LossKind::categorical_ratio, math::LikelihoodRatio<math::Categorical>>(),
+       policy_ops<LossKind::categorical_kl, math::KlDivergence<math::Categorical>>()},
       {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
        gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},
+      {resident_plan, resident_share, resident_task},
       false,
       true,
       false,
@@ -128,6 +146,7 @@ const Backend<S>& lockstep_backend() {
   static const Backend<S> cpu = [] {
     Backend<S> t = table();
     t.name = "cpu_lockstep";
+    t.resident = {};
     t.lockstep = true;
     t.host_memory = false;
     t.slots = one_slot;

@@ -50,24 +50,27 @@ inline void cross_entropy_hessian(const LossArgs<S>& a, const Exec&) {
   }
 }
 
-inline void gaussian_policy_value(const LossArgs<S>& a, const Exec&) {
+// The policy losses of math/policy.h
+template <class Loss>
+inline void policy_value(const LossArgs<S>& a, const Exec&) {
   const S* target = static_cast<const S*>(a.target);
-  const index_t actions = a.outputs / 2;
+  const index_t size = Loss::target_size(a.outputs);
   double value = 0;
   for (index_t n = 0; n < a.samples; ++n) {
-    value += math::gaussian_policy(a.z + n * a.outputs, target + n * (actions + 1), actions,
-                                   a.scale, a.dz ? a.dz + n * a.outputs : nullptr);
+    const index_t row = n * a.outputs;
+    value +=
+        Loss::value(a.z + row, target + n * size, a.outputs, a.scale, a.dz ? a.dz + row : nullptr);
   }
   put_metrics(a, value, std::numeric_limits<double>::quiet_NaN());
 }
 
-inline void gaussian_policy_hessian(const LossArgs<S>& a, const Exec&) {
+template <class Loss>
+inline void policy_hessian(const LossArgs<S>& a, const Exec&) {
   const S* target = static_cast<const S*>(a.target);
-  const index_t actions = a.outputs / 2;
+  const index_t size = Loss::target_size(a.outputs);
   for (index_t n = 0; n < a.samples; ++n) {
     const index_t row = n * a.outputs;
-    math::gaussian_policy_hessian(a.z + row, target + n * (actions + 1), a.tz + row, actions,
-                                  a.scale, a.tdz + row);
+    Loss::hessian(a.z + row, target + n * size, a.tz + row, a.outputs, a.scale, a.tdz + row);
   }
 }
 

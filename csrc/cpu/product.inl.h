@@ -30,7 +30,7 @@ struct Operand {
 };
 
 struct Operands {
-  Operand pair[2];
+  Operand pair[2] = {};
   int count = 0;
   FM_INLINE void add(const S* src, const S* other) {
     if (src && other) pair[count++] = {src, other};

@@ -100,16 +100,21 @@ inline void add(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Ex
 // order.
 inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                       const Exec&) {
-  constexpr index_t kBlock = 512;
-  double sum[kBlock];
-  for (index_t c = begin; c < end; c += kBlock) {
-    const index_t count = min_of(kBlock, end - c);
-    for (index_t i = 0; i < count; ++i) sum[i] = 0;
+  constexpr index_t kBlock = 32;  // sums that stay in registers
+  index_t c = begin;
+  for (; c + kBlock <= end; c += kBlock) {
+    double sum[kBlock] = {};
     for (index_t t = 0; t < rows; ++t) {
       const S* row = values + t * n + c;
-      for (index_t i = 0; i < count; ++i) sum[i] += double(row[i]);
+#pragma GCC unroll 32
+      for (index_t i = 0; i < kBlock; ++i) sum[i] += double(row[i]);
     }
-    for (index_t i = 0; i < count; ++i) out[c + i] = S(sum[i] / double(rows));
+    for (index_t i = 0; i < kBlock; ++i) out[c + i] = S(sum[i] / double(rows));
+  }
+  for (; c < end; ++c) {
+    double sum = 0;
+    for (index_t t = 0; t < rows; ++t) sum += double(values[t * n + c]);
+    out[c] = S(sum / double(rows));
   }
 }
 

@@ -10,17 +10,17 @@
 // once; normalised values are computed anew from x instead of kept.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/norm.cuh"
+#include "cuda/norm_launch.cuh"
 
 namespace FM_CUDA {
 namespace {
 
-template <class S, int W, Pass P>
+template <class S, int W, NormPass P>
 FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1) batch_norm_kernel(const NormParams<S> p) {
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }
 
-template <Pass P, class S>
+template <NormPass P, class S>
 void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw,
          const Exec& exec) {
   NormParams<S> p = norm_params(a, dw, exec);
@@ -28,7 +28,7 @@ void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw
   p.rows = rows;
   p.rows.x = a.x;
   p.rows.x_stride = p.rows.tx_stride = p.rows.out_stride = a.samples * a.desc->in.size();
-  p.sum_items = P == Pass::tangent_forward && !a.tx ? 0 : int(count);
+  p.sum_items = P == NormPass::tangent_forward && !a.tx ? 0 : int(count);
   p.map_items = int(count);
   const bool packs = on_packs({rows.tx, rows.dy, rows.tdy, rows.out, a.x});
   run_norm(name, batch_norm_kernel<S, kPack<S>, P>, batch_norm_kernel<S, 1, P>, p, a.tasks, count,
@@ -41,7 +41,7 @@ template <class S>
 void batch_norm_forward(const LayerArgs<S>& a, const Exec& exec) {
   NormRows<S> rows;
   rows.out = a.y;
-  run<Pass::forward, S>("batch_norm forward", a, rows, nullptr, exec);
+  run<NormPass::forward, S>("batch_norm forward", a, rows, nullptr, exec);
 }
 
 template <class S>
@@ -49,7 +49,7 @@ void batch_norm_backward(const LayerArgs<S>& a, const Exec& exec) {
   NormRows<S> rows;
   rows.dy = a.dy;
   rows.out = a.dx;
-  run<Pass::backward>("batch_norm backward", a, rows, a.dw, exec);
+  run<NormPass::backward>("batch_norm backward", a, rows, a.dw, exec);
 }
 
 template <class S>
@@ -57,7 +57,7 @@ void batch_norm_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
   NormRows<S> rows;
   rows.tx = a.tx;
   rows.out = a.ty;
-  run<Pass::tangent_forward, S>("batch_norm tangent_forward", a, rows, nullptr, exec);
+  run<NormPass::tangent_forward, S>("batch_norm tangent_forward", a, rows, nullptr, exec);
 }
 
 template <class S>
@@ -67,7 +67,7 @@ void batch_norm_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
   rows.dy = a.dy;
   rows.tdy = a.tdy;
   rows.out = a.tdx;
-  run<Pass::tangent_backward>("batch_norm tangent_backward", a, rows, a.tdw, exec);
+  run<NormPass::tangent_backward>("batch_norm tangent_backward", a, rows, a.tdw, exec);
 }
 
 FM_INSTANTIATE_PASSES(batch_norm, float);

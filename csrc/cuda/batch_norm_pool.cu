@@ -15,7 +15,7 @@
 // winner's place is the first of its window with this x: of equal values the first wins.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/norm.cuh"
+#include "cuda/norm_launch.cuh"
 
 namespace FM_CUDA {
 namespace {
@@ -29,9 +29,10 @@ struct PoolParams : NormParams<S> {
 };
 
 // Sweeps over cells. The kernel is K x K if K > 0.
-template <class S, int W, Pass P, int K>
+template <class S, int W, NormPass P, int K>
 struct CellSweep {
-  static constexpr bool kTangent = P == Pass::tangent_forward || P == Pass::tangent_backward;
+  static constexpr bool kTangent =
+      P == NormPass::tangent_forward || P == NormPass::tangent_backward;
   const PoolParams<S>& p;
   index_t task;
   int c;
@@ -47,7 +48,7 @@ struct CellSweep {
       k[w] = channel_of<P>(p, task, c + w, found ? found + w : nullptr, width);
       sign[w] = k[w].scale > S(0) ? S(1) : k[w].scale < S(0) ? S(-1) : S(0);
     }
-    if (P == Pass::forward) first = load<W>(p.first + task * p.first_stride + c);
+    if (P == NormPass::forward) first = load<W>(p.first + task * p.first_stride + c);
   }
 
   struct Cell {
@@ -94,7 +95,7 @@ struct CellSweep {
     const Cell at = cell(item);
     Pack<S, W> winner{}, carried{};  // carried: the winner's key, or its tangent
     bool found[W] = {};
-    if constexpr (P == Pass::tangent_forward) {
+    if constexpr (P == NormPass::tangent_forward) {
       if (at.window) winner = load<W>(p.winners + at.kept);
     }
     bool begun = false;
@@ -106,7 +107,7 @@ struct CellSweep {
       for (int w = 0; w < W; ++w) {
         const S value = x.at[w];
         add_terms<P>(k[w], value, tx.at[w], S(0), S(0), first.at[w], sum1[w], sum2[w]);
-        if constexpr (P == Pass::forward) {
+        if constexpr (P == NormPass::forward) {
           const S key = sign[w] * value;
           const bool better = !begun || key > carried.at[w];
           carried.at[w] = better ? key : carried.at[w];
@@ -120,7 +121,7 @@ struct CellSweep {
       begun = true;
     });
     if (!at.window) return;
-    if constexpr (P == Pass::forward) {
+    if constexpr (P == NormPass::forward) {
       store(p.winners + at.kept, winner);
     } else {
       store(p.twinners + at.kept, carried);
@@ -138,7 +139,7 @@ struct CellSweep {
       winner = load<W>(p.winners + at.kept);
       const Pack<S, W> dy = load<W>(p.rows.dy + at.out);
       Pack<S, W> tdy{};
-      if constexpr (P == Pass::tangent_backward) tdy = load<W>(p.rows.tdy + at.out);
+      if constexpr (P == NormPass::tangent_backward) tdy = load<W>(p.rows.tdy + at.out);
       FM_UNROLL
       for (int w = 0; w < W; ++w) {
         scaled_adjoint<P>(k[w], winner.at[w], dy.at[w], tdy.at[w], h[w], th[w]);
@@ -160,21 +161,21 @@ struct CellSweep {
   }
 };
 
-template <class S, int W, Pass P, int K>
+template <class S, int W, NormPass P, int K>
 FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1)
     batch_norm_pool_kernel(const PoolParams<S> p) {
   using Cells = CellSweep<S, W, P, K>;
   using Winners = RowSweep<S, W, P>;
-  if constexpr (P == Pass::forward || P == Pass::tangent_forward) {
+  if constexpr (P == NormPass::forward || P == NormPass::tangent_forward) {
     norm_pass<S, W, P, Cells, Winners>(p);
   } else {
     norm_pass<S, W, P, Winners, Cells>(p);
   }
 }
 
-template <Pass P, class S>
+template <NormPass P, class S>
 void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exec) {
-  constexpr bool kSumsCells = P == Pass::forward || P == Pass::tangent_forward;
+  constexpr bool kSumsCells = P == NormPass::forward || P == NormPass::tangent_forward;
   const LayerDesc& d = *a.desc;
   PoolParams<S> p{};
   static_cast<NormParams<S>&>(p) = norm_params(a, dw, exec);
@@ -198,7 +199,7 @@ void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exe
   const index_t pixels = a.samples * d.in.pixels(), rows = a.samples * d.out.pixels();
   p.sum_items = int(kSumsCells ? cells : rows);
   p.map_items = int(kSumsCells ? rows : cells);
-  if (P == Pass::tangent_forward && !a.tx) p.sum_items = 0;
+  if (P == NormPass::tangent_forward && !a.tx) p.sum_items = 0;
   const bool packs = on_packs({a.x, a.tx, a.dy, a.tdy, out, p.winners});
   const bool square = p.kernel[0] == 2 && p.kernel[1] == 2;
   const auto go = [&](auto wide, auto narrow) {
@@ -216,22 +217,22 @@ void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exe
 
 template <class S>
 void batch_norm_pool_forward(const LayerArgs<S>& a, const Exec& exec) {
-  run<Pass::forward, S>("batch_norm_pool forward", a, a.y, nullptr, exec);
+  run<NormPass::forward, S>("batch_norm_pool forward", a, a.y, nullptr, exec);
 }
 
 template <class S>
 void batch_norm_pool_backward(const LayerArgs<S>& a, const Exec& exec) {
-  run<Pass::backward>("batch_norm_pool backward", a, a.dx, a.dw, exec);
+  run<NormPass::backward>("batch_norm_pool backward", a, a.dx, a.dw, exec);
 }
 
 template <class S>
 void batch_norm_pool_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
-  run<Pass::tangent_forward, S>("batch_norm_pool tangent_forward", a, a.ty, nullptr, exec);
+  run<NormPass::tangent_forward, S>("batch_norm_pool tangent_forward", a, a.ty, nullptr, exec);
 }
 
 template <class S>
 void batch_norm_pool_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
-  run<Pass::tangent_backward>("batch_norm_pool tangent_backward", a, a.tdx, a.tdw, exec);
+  run<NormPass::tangent_backward>("batch_norm_pool tangent_backward", a, a.tdx, a.tdw, exec);
 }
 
 FM_INSTANTIATE_PASSES(batch_norm_pool, float);

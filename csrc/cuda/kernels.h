@@ -48,6 +48,11 @@ void elementwise_tangent_backward(const LayerArgs<S>&, const Exec&);
 FM_LOSS(squared_error);  // loss.cu
 FM_LOSS(cross_entropy);
 FM_LOSS(gaussian_policy);
+FM_LOSS(gaussian_ratio);
+FM_LOSS(gaussian_kl);
+FM_LOSS(categorical_policy);
+FM_LOSS(categorical_ratio);
+FM_LOSS(categorical_kl);
 #undef FM_LOSS
 
 template <class S>

@@ -72,20 +72,36 @@ struct CrossEntropy {
   }
 };
 
-struct GaussianPolicy {
+// Of math/policy.h; an action that is no output's number makes its sample NaN.
+template <class Loss>
+struct Policy {
   static constexpr bool kAccuracy = false;
   template <class S>
   static FM_DEVICE const S* target_of(const LossParams<S>& p, index_t n) {
-    return static_cast<const S*>(p.target) + n * (p.outputs / 2 + 1);
+    return static_cast<const S*>(p.target) + n * Loss::target_size(p.outputs);
+  }
+  template <class S>
+  static FM_DEVICE bool lost(const LossParams<S>& p, const S* target) {
+    return Loss::kIndexed && !(*target >= S(0) && *target < S(p.outputs));
   }
   template <class S>
   static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    return {math::gaussian_policy(z, target_of(p, n), p.outputs / 2, p.scale, dz), false};
+    const S* target = target_of(p, n);
+    if (lost(p, target)) {
+      for (int o = 0; dz && o < p.outputs; ++o) dz[o] = not_a_number<S>();
+      return {not_a_number<double>(), false};
+    }
+    return {Loss::value(z, target, p.outputs, p.scale, dz), false};
   }
   template <class S>
   static FM_DEVICE void hessian(const LossParams<S>& p, index_t n, const S* z, const S* tz,
                                 S* tdz) {
-    math::gaussian_policy_hessian(z, target_of(p, n), tz, p.outputs / 2, p.scale, tdz);
+    const S* target = target_of(p, n);
+    if (lost(p, target)) {
+      for (int o = 0; o < p.outputs; ++o) tdz[o] = not_a_number<S>();
+      return;
+    }
+    Loss::hessian(z, target, tz, p.outputs, p.scale, tdz);
   }
 };
 
@@ -152,6 +168,11 @@ void run_hessian(const LossArgs<S>& a, const Exec& exec) {
 
 FM_LOSS(squared_error, SquaredError)
 FM_LOSS(cross_entropy, CrossEntropy)
-FM_LOSS(gaussian_policy, GaussianPolicy)
+FM_LOSS(gaussian_policy, Policy<math::PolicyGradient<math::Gaussian>>)
+FM_LOSS(gaussian_ratio, Policy<math::LikelihoodRatio<math::Gaussian>>)
+FM_LOSS(gaussian_kl, Policy<math::KlDivergence<math::Gaussian>>)
+FM_LOSS(categorical_policy, Policy<math::PolicyGradient<math::Categorical>>)
+FM_LOSS(categorical_ratio, Policy<math::LikelihoodRatio<math::Categorical>>)
+FM_LOSS(categorical_kl, Policy<math::KlDivergence<math::Categorical>>)
 
 }  // namespace FM_CUDA

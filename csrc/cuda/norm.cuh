@@ -22,7 +22,7 @@
 
 namespace FM_CUDA {
 
-enum class Pass { forward, backward, tangent_forward, tangent_backward };
+enum class NormPass { forward, backward, tangent_forward, tangent_backward };
 
 // Data of row sweeps, per task: rows of C channels, and the distance from task to task.
 template <class S>
@@ -73,7 +73,7 @@ struct Channel {
 };
 
 // From what earlier passes saved and, if not null, the two statistics that this one has found.
-template <Pass P, class S>
+template <NormPass P, class S>
 FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, const S* found,
                                 int width) {
   const S* saved = p.saved + task * p.saved_stride + c;
@@ -84,19 +84,19 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
   k.relu = p.relu;
   k.scale = of(p.scale, p.w_stride, S(1));
   k.shift = of(p.shift, p.w_stride, S(0));
-  if constexpr (P == Pass::forward) {
+  if constexpr (P == NormPass::forward) {
     if (found) k.mean = found[0], k.r = found[width];
     return k;
   }
   k.mean = saved[0];
   k.r = saved[p.channels];
-  if constexpr (P == Pass::backward) {
+  if constexpr (P == NormPass::backward) {
     if (found) k.m1 = k.scale * found[0], k.m2 = k.scale * found[width];
     return k;
   }
   k.tscale = of(p.tscale, p.tw_stride, S(0));
   k.tshift = of(p.tshift, p.tw_stride, S(0));
-  if constexpr (P == Pass::tangent_forward) {
+  if constexpr (P == NormPass::tangent_forward) {
     if (found) k.tmean = found[0], k.q = found[width];
     return k;
   }
@@ -113,49 +113,49 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
 }
 
 // The statistics of channel c from its two sums; `owner` stores them and the parameter adjoints.
-template <Pass P, class S>
+template <NormPass P, class S>
 FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, double sum1,
                                double sum2, bool owner, S* found, int width) {
   S* saved = p.saved + task * p.saved_stride + c;
   const double mean1 = sum1 / p.count, mean2 = sum2 / p.count;
   S first = S(mean1), second = S(mean2);
-  if constexpr (P == Pass::forward) {
+  if constexpr (P == NormPass::forward) {
     // no maximum with zero: a NaN in the data must reach the output
     const double variance = mean2 - mean1 * mean1;
     first = S(double(p.first[task * p.first_stride + c]) + mean1);
     second = S(1.0 / std::sqrt((variance < 0 ? 0.0 : variance) + p.eps));
-  } else if constexpr (P == Pass::tangent_forward) {
+  } else if constexpr (P == NormPass::tangent_forward) {
     second = S(double(saved[p.channels]) * mean2);
   }
   found[0] = first;
   found[width] = second;
   if (!owner) return;
-  if constexpr (P != Pass::tangent_backward) {
+  if constexpr (P != NormPass::tangent_backward) {
     constexpr int row = 2 * int(P);
     saved[row * p.channels] = first;
     saved[(row + 1) * p.channels] = second;
   }
-  if constexpr (P == Pass::backward || P == Pass::tangent_backward) {
+  if constexpr (P == NormPass::backward || P == NormPass::tangent_backward) {
     if (p.dshift) p.dshift[task * p.dw_stride + c] = S(sum1);
     if (p.dscale) p.dscale[task * p.dw_stride + c] = S(sum2);
   }
 }
 
 // What one element adds to the sums of a pass.
-template <Pass P, class S>
+template <NormPass P, class S>
 FM_DEVICE void add_terms(const Channel<S>& k, S x, S tx, S dy, S tdy, S first, S& sum1, S& sum2) {
-  if constexpr (P == Pass::forward) {
+  if constexpr (P == NormPass::forward) {
     const S v = x - first;
     sum1 += v;
     sum2 += v * v;
     return;
   }
   const S xhat = k.normalized(x);
-  if constexpr (P == Pass::backward) {
+  if constexpr (P == NormPass::backward) {
     const S dz = k.masked(xhat, dy);
     sum1 += dz;
     sum2 += dz * xhat;
-  } else if constexpr (P == Pass::tangent_forward) {
+  } else if constexpr (P == NormPass::tangent_forward) {
     sum1 += tx;
     sum2 += tx * xhat;
   } else {
@@ -166,30 +166,31 @@ FM_DEVICE void add_terms(const Channel<S>& k, S x, S tx, S dy, S tdy, S first, S
 }
 
 // Adjoint of x, or its tangent, where h reaches the normalised value and th is h's tangent.
-template <Pass P, class S>
+template <NormPass P, class S>
 FM_DEVICE S input_adjoint(const Channel<S>& k, S x, S tx, S h, S th) {
   const S xhat = k.normalized(x);
   const S dx = math::normalize_backward(h, xhat, k.r, k.m1, k.m2);
-  if constexpr (P == Pass::backward) return dx;
+  if constexpr (P == NormPass::backward) return dx;
   return math::normalize_tangent_backward(dx, th, xhat, k.tangent(tx, xhat), k.r, k.q, k.m2, k.tm1,
                                           k.tm2);
 }
 
 // h and th from the adjoint of the output and its tangent, at the x that the output came from.
-template <Pass P, class S>
+template <NormPass P, class S>
 FM_DEVICE void scaled_adjoint(const Channel<S>& k, S x, S dy, S tdy, S& h, S& th) {
   const S xhat = k.normalized(x), dz = k.masked(xhat, dy);
   h = k.scale * dz;
-  if constexpr (P == Pass::tangent_backward) {
+  if constexpr (P == NormPass::tangent_backward) {
     th = k.scale * k.masked(xhat, tdy) + k.tscale * dz;
   }
 }
 
 // Sweeps over rows. `item` is a row of the task.
-template <class S, int W, Pass P>
+template <class S, int W, NormPass P>
 struct RowSweep {
-  static constexpr bool kAdjoint = P == Pass::backward || P == Pass::tangent_backward;
-  static constexpr bool kTangent = P == Pass::tangent_forward || P == Pass::tangent_backward;
+  static constexpr bool kAdjoint = P == NormPass::backward || P == NormPass::tangent_backward;
+  static constexpr bool kTangent =
+      P == NormPass::tangent_forward || P == NormPass::tangent_backward;
   const NormParams<S>& p;
   const S *x, *tx, *dy, *tdy;
   S* out;
@@ -208,7 +209,7 @@ struct RowSweep {
     for (int w = 0; w < W; ++w) {
       k[w] = channel_of<P>(p, task, c + w, found ? found + w : nullptr, width);
     }
-    if (P == Pass::forward && !found) first = load<W>(p.first + task * p.first_stride + c);
+    if (P == NormPass::forward && !found) first = load<W>(p.first + task * p.first_stride + c);
   }
 
   struct Point {
@@ -219,7 +220,7 @@ struct RowSweep {
     v.x = load<W>(x + i);
     if constexpr (kTangent) v.tx = load_or_zero<W>(tx, i);
     if constexpr (kAdjoint) v.dy = load<W>(dy + i);
-    if constexpr (P == Pass::tangent_backward) v.tdy = load<W>(tdy + i);
+    if constexpr (P == NormPass::tangent_backward) v.tdy = load<W>(tdy + i);
     return v;
   }
 
@@ -250,7 +251,7 @@ struct RowSweep {
       return input_adjoint<P>(k, x, tx, h, th);
     }
     const S xhat = k.normalized(x);
-    if constexpr (P == Pass::forward) {
+    if constexpr (P == NormPass::forward) {
       const S y = k.output(xhat);
       return k.relu && y < S(0) ? S(0) : y;
     }
@@ -259,7 +260,7 @@ struct RowSweep {
 };
 
 // One pass. `Sum` and `Map` are sweeps: made for a pack of channels, then called item by item.
-template <class S, int W, Pass P, class Sum, class Map, class Params>
+template <class S, int W, NormPass P, class Sum, class Map, class Params>
 FM_DEVICE void norm_pass(const Params& p) {
   const int lane = int(threadIdx.x) % p.lanes, row = int(threadIdx.x) / p.lanes;
   const int rows = int(blockDim.x) / p.lanes, width = p.lanes * W;
@@ -335,70 +336,6 @@ FM_DEVICE void norm_pass(const Params& p) {
   for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
     sweep.map(i);
   }
-}
-
-// -- launches -------------------------------------------------------------------------------------
-
-// Parameters of a pass but for its rows, items and statistics' count.
-template <class S>
-NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
-  const LayerDesc& d = *a.desc;
-  const auto shift = [&](auto* w) { return d.has_bias && w ? w + d.bias_offset : nullptr; };
-  const auto scale = [&](auto* w) { return d.has_weight && w ? w : nullptr; };
-  NormParams<S> p{};
-  p.channels = int(d.in.channels);
-  p.relu = d.relu;
-  p.eps = d.eps;
-  p.count = double(a.samples * d.in.pixels());
-  p.first = a.x;
-  p.first_stride = a.samples * d.in.size();
-  p.scale = scale(a.w);
-  p.shift = shift(a.w);
-  p.tscale = scale(a.tw);
-  p.tshift = shift(a.tw);
-  p.w_stride = a.w_stride;
-  p.tw_stride = a.tw_stride;
-  p.saved = a.saved;
-  p.saved_stride = saved_count(d, a.samples);
-  p.partial = static_cast<double*>(exec.scratch);
-  p.partial_stride = scratch_count(d, a.samples) * index_t(sizeof(S)) / index_t(sizeof(double));
-  p.dscale = scale(dw);
-  p.dshift = shift(dw);
-  p.dw_stride = a.dw_stride;
-  return p;
-}
-
-// Runs a pass: `wide` takes packs, `narrow` single elements. `sum_rows` and `map_rows` are the rows
-// of data that are read for the summed and mapped items.
-template <class S, template <class> class Params>
-void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
-              index_t tasks, index_t sum_rows, index_t map_rows, bool packs, const Exec& exec) {
-  constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
-  constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
-  require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);
-  const index_t all = max_of(sum_rows, map_rows);
-  require(all < (index_t(1) << 31), name, ": expected fewer than 2^31 samples times pixels, got ",
-          all);
-  const bool alone = all <= kAlone;
-  p.parts = int(alone ? 1 : max_of<index_t>(1, min_of(kStatisticParts, sum_rows / kPart)));
-  int lanes = 1;
-  while (lanes < kMost && lanes * kPack<S> < p.channels) lanes *= 2;
-  while (lanes * 16 > kLineBytes && sum_rows / p.parts * lanes * 16 > kBlockBytes) lanes /= 2;
-  const int width = lanes * kPack<S>, rows = int(kNormThreads) / lanes;
-  packs = packs && p.channels % kPack<S> == 0;
-  p.lanes = packs ? lanes : width;
-  const unsigned threads = unsigned(rows * p.lanes);
-  const unsigned groups = unsigned(divide_up(p.channels, width));
-  const std::size_t found = 2 * width * sizeof(S), sums = rows * 2 * width * sizeof(double);
-  const auto go = [&](bool sum, bool map, index_t blocks) {
-    p.sums = sum;
-    p.maps = map;
-    launch_named(name, packs ? wide : narrow, dim3(unsigned(blocks), groups, unsigned(tasks)),
-                 threads, (sum ? sums : 0) + (map ? found : 0), exec, p);
-  };
-  if (alone) return go(true, true, 1);
-  go(true, false, p.parts);
-  go(false, true, p.rows.out ? divide_up(p.map_items, rows * kItems) : 1);
 }
 
 }  // namespace FM_CUDA

@@ -60,6 +60,7 @@ FM_DEVICE Place place_of(const PoolParams<S>& p, unsigned item, const int (&size
 // Outputs: tap(i, offset) for the taps of a window inside the image.
 template <class S, class Body>
 FM_DEVICE void for_taps(const PoolParams<S>& p, const Place& at, Body&& body) {
+  if (!p.from) return;  // a null tangent is zero
   for (int i = 0; i < p.kernel[0]; ++i) {
     const int row = at.h * p.stride[0] - p.padding[0] + i;
     if (row < 0 || row >= p.in[0]) continue;

@@ -166,7 +166,11 @@ FM_KERNEL void gather_images_kernel(const GatherParams<S> p) {
   const index_t i = blockIdx.x / p.tiles, row = p.rows[i];
   const index_t kind = row / m.drawings;
   const index_t image = kind % m.characters * m.drawings + row % m.drawings;
-  const int quarter = m.quarters[kind / m.characters];
+  const int turn = int(kind / m.characters);  // parameters are not indexed by numbers unknown
+  const int quarter = turn == 0   ? m.quarters[0]
+                      : turn == 1 ? m.quarters[1]
+                      : turn == 2 ? m.quarters[2]
+                                  : m.quarters[3];
   const int channel = m.channels_last ? e % int(m.channels) : e / pixels;
   const int pixel = m.channels_last ? e / int(m.channels) : e % pixels;
   const index_t from =

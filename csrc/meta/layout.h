@@ -91,18 +91,26 @@ index_t staging_size(const Program& program, const Samples<S>& samples) {
   return needs_staging(program, samples) ? samples.count * program.input().size() : 0;
 }
 
-// Labels index the outputs, so they are checked at the door where the host can read them. Elsewhere
-// the loss is NaN for a label out of range.
+// Labels and the actions of categorical policies index the outputs, so they are checked at the door
+// where the host can read them. Elsewhere the loss is NaN for a label out of range.
 template <class S>
 void check_labels(const Call<S>& call, const Samples<S>& samples, const char* name) {
-  if (call.program->loss() != LossKind::cross_entropy || !samples.y) return;
-  if (!call.backend->host_memory) return;
-  const std::int64_t* labels = static_cast<const std::int64_t*>(samples.y);
-  const index_t ways = call.program->output().size();
-  for (index_t i = 0; i < call.tasks * samples.count; ++i) {
-    require(labels[i] >= 0 && labels[i] < ways, name, ": expected labels from 0 to ", ways - 1,
-            " (the model has ", ways, " outputs), got ", labels[i], " for sample ",
-            i % samples.count, " of task ", i / samples.count);
+  if (!samples.y || !call.backend->host_memory) return;
+  const LossKind loss = call.program->loss();
+  const index_t ways = call.program->output().size(), tasks = call.tasks;
+  const auto check = [&](const auto& values, index_t stride, const char* what) {
+    for (index_t i = 0; i < tasks * samples.count; ++i) {
+      const auto value = values[i * stride];
+      require(value >= 0 && value < ways && value == decltype(value)(index_t(value)), name,
+              ": expected ", what, " from 0 to ", ways - 1, " (the model has ", ways,
+              " outputs), got ", value, " for sample ", i % samples.count, " of task ",
+              i / samples.count);
+    }
+  };
+  if (loss == LossKind::cross_entropy) {
+    check(static_cast<const std::int64_t*>(samples.y), 1, "labels");
+  } else if (loss == LossKind::categorical_policy || loss == LossKind::categorical_ratio) {
+    check(static_cast<const S*>(samples.y), call.program->target_size(), "actions");
   }
 }
 

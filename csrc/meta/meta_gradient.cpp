@@ -12,110 +12,13 @@
 
 #include <limits>
 
-#include "meta/layout.h"
+#include "meta/meta_plan.h"
 
 namespace fm {
 namespace {
 
 // Elements a thread adds up at a time in a mean over tasks.
 constexpr index_t kMeanGrain = 16384;
-
-// Where everything is, in elements from the start of the workspace (shared) or, for one task, of a
-// slot: see network.h for tasks that share one.
-struct MetaPlan {
-  TapePlan support, query;
-  TangentPlan tangent;
-  index_t theta0 = 0, rates = 0, lambdas = 0, rate_rows = 0, mean = 0, shared = 0;
-  std::vector<index_t> thetas, gradients, tapes;  // thetas[k] for k >= 1
-  index_t own_theta0 = 0, gradient = 0, direction = 0, rate_row = 0, support_x = 0, query_x = 0,
-          late = 0, scratch = 0, slot = 0;
-  index_t slots = 0;
-  bool kept = false;
-};
-
-// Per layer: none of its parameters is adapted.
-template <class S>
-std::vector<std::uint8_t> still_layers(const MetaCall<S>& call) {
-  std::vector<std::uint8_t> still;
-  for (const LayerDesc& d : call.program->layers()) {
-    bool any = false;
-    for (index_t i = 0; i < d.segments(); ++i) any |= call.rates.adapted[d.segment + i] != 0;
-    still.push_back(!any);
-  }
-  return still;
-}
-
-// Whether a chain step is lambda -= a (H lambda) with one number a, lambda being zero on layers
-// that stand still, and so needs no direction beside lambda.
-template <class S>
-bool moves_in_place(const MetaCall<S>& call) {
-  const Program& program = *call.program;
-  if (call.rates.layout != RateLayout::scalar) return false;
-  for (const LayerDesc& d : program.layers()) {
-    for (index_t i = 1; i < d.segments(); ++i) {
-      if (call.rates.adapted[d.segment] != call.rates.adapted[d.segment + i]) return false;
-    }
-  }
-  return chunk_of(program, *call.backend, call.support.count) == call.support.count;
-}
-
-template <class S>
-void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
-  const Program& program = *call.program;
-  const index_t P = program.param_count(), R = RateTable<S>::size(program, call.rates);
-  Arena shared;
-  plan.theta0 = shared.take(call.params.per_task ? 0 : P);
-  plan.rates = shared.take(R);
-  plan.lambdas = shared.take(call.tasks * P);
-  plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
-  plan.mean = shared.take(max_of(P, R));
-  plan.shared = shared.size();
-}
-
-template <class S>
-index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
-  const Program& program = *call.program;
-  const index_t P = program.param_count(), K = call.steps;
-  Arena slot;
-  plan.own_theta0 = slot.take(call.params.per_task ? P : 0);
-  plan.thetas.assign(K + 1, 0);
-  for (index_t k = 1; k <= K; ++k) plan.thetas[k] = slot.take(P);
-  plan.gradient = slot.take(call.rates.layout == RateLayout::per_parameter ? P : 0);
-  plan.gradients.assign(K, plan.gradient);
-  if (call.rate_gradient) {
-    for (index_t k = 0; k < K; ++k) plan.gradients[k] = slot.take(P);
-    plan.rate_row = slot.take(RateTable<S>::width(program, call.rates));
-  }
-  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : P);
-  plan.support_x = slot.take(staging_size(program, call.support));
-  plan.query_x = slot.take(staging_size(program, call.query));
-  plan.tapes.assign(K, 0);
-  for (index_t k = 0; k < K; ++k) {
-    plan.tapes[k] = k < tapes ? slot.take(plan.support.size) : plan.tapes[0];
-  }
-  // the query's tape and the tangents are never alive together
-  plan.late = slot.take(max_of(plan.query.size, call.first_order ? 0 : plan.tangent.size));
-  plan.scratch = slot.take(plan_scratch(program, max_of(call.support.count, call.query.count)));
-  return slot.size();
-}
-
-template <class S>
-MetaPlan make_plan(const MetaCall<S>& call) {
-  const Program& program = *call.program;
-  MetaPlan plan;
-  plan.slots = call.slots;
-  plan.support = plan_tape(program, call.support.count, call.first_order);
-  plan.query = plan_tape(program, chunk_of(program, *call.backend, call.query.count), true);
-  plan.tangent = plan_tangent(program, chunk_of(program, *call.backend, call.support.count));
-  plan_shared(call, plan);
-  const index_t works = plan.slots * call.together();
-  const index_t kept_bytes = works * call.steps * plan.support.size * index_t(sizeof(S));
-  plan.kept = !call.first_order && call.steps > 0 &&
-              (call.memory == Memory::keep ||
-               (call.memory == Memory::automatic && kept_bytes <= kKeepBytes));
-  plan.slot = plan_slot(call, plan.kept ? call.steps : min_of<index_t>(call.steps, 1), plan);
-  return plan;
-}
 
 template <class S>
 class MetaGradient {
@@ -137,6 +40,7 @@ class MetaGradient {
     if (!call_.params.per_task) {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
+    if (plan_.resident.slot > 0) return run_resident();
     backend_.for_each_task(
         call_.tasks, plan_.slots, call_.exec,
         [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
@@ -152,6 +56,39 @@ class MetaGradient {
   }
 
  private:
+  void run_resident() {
+    resident_ = resident_call(call_);
+    resident_.rates = rates_.at(0).per_segment;
+    resident_.lambdas = shared_ + plan_.lambdas;
+    backend_.resident.share(resident_, shared_ + plan_.theta0, shared_ + plan_.resident_theta);
+    backend_.for_each_task(
+        call_.tasks, plan_.slots, call_.exec,
+        [](void* self, index_t slot, index_t task, index_t, const Exec& exec) {
+          static_cast<const MetaGradient*>(self)->resident_task(slot, task, exec);
+        },
+        this);
+    const Rows<S> sum{resident_.lambdas, 0};
+    backend_.vector.update(1, program_.param_count(), {}, S(1.0 / double(call_.tasks)), nullptr,
+                           {sum.data, 0}, sum, call_.exec);
+    store_parameters<S>(call_, {sum.data, 0}, call_.gradients, 0, 1, call_.exec);
+  }
+
+  void resident_task(index_t slot, index_t t, const Exec& exec) const {
+    S* none = nullptr;  // vectors need no staging
+    const Batch<S> support = load_samples(call_, call_.support, t, 1, none, exec);
+    const Batch<S> query = load_samples(call_, call_.query, t, 1, none, exec);
+    const index_t row = t * (call_.steps + 1);
+    const ResidentTask<S> task{t,
+                               support.x,
+                               query.x,
+                               support.y,
+                               query.y,
+                               call_.query_loss + row,
+                               call_.query_accuracy + row};
+    backend_.resident.task(resident_, shared_ + plan_.resident_theta, slots_ + slot * plan_.slot,
+                           task);
+  }
+
   // Tasks in work together.
   struct Work {
     S* base;
@@ -303,6 +240,7 @@ class MetaGradient {
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
   bool in_place_;
+  ResidentCall<S> resident_;
 };
 
 }  // namespace
@@ -318,6 +256,7 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.tape_bytes = call.together() * plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
+  result.resident = plan.resident.slot > 0;
   return result;
 }
 

@@ -107,6 +107,7 @@ struct CallPlan {
   index_t shared_bytes = 0;  // parameters, rates and per-task results
   index_t tape_bytes = 0;    // one support step's activations and adjoints
   bool kept = false;         // activations kept over the steps
+  bool resident = false;     // each task done by one call of the backend
   double loss = 0;           // meta-gradient: sum_k w_k query loss, mean over tasks
 };
 

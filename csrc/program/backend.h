@@ -144,6 +144,45 @@ struct OptimizerOps {
               const Exec&);
 };
 
+class Program;
+
+// A call whose tasks may each be done by one call of the backend, for networks so small that going
+// from layer to layer costs as much as the arithmetic.
+template <class S>
+struct ResidentCall {
+  const Program* program = nullptr;
+  index_t steps = 0, support = 0, query = 0;  // K, samples
+  bool first_order = false;
+  const double* loss_weights = nullptr;  // [K + 1]
+  const S* rates = nullptr;              // [rate_rows, segments]; later steps reuse the last row
+  index_t rate_rows = 1;
+  // One rate a step for all layers but those that stand still; null: rates differ.
+  const S* one_rate = nullptr;            // [rate_rows]
+  const std::uint8_t* adapted = nullptr;  // [segments] whether a tensor moves
+  index_t tasks = 0;
+  S* lambdas = nullptr;  // [T, P]; when all tasks are done, the first row is the sum over them
+};
+
+template <class S>
+struct ResidentTask {
+  index_t task;
+  const S *support_x, *query_x;  // [N, in]
+  const void *support_y, *query_y;
+  double *loss, *accuracy;  // [K + 1] of the query samples
+};
+
+struct ResidentSizes {
+  index_t shared = 0, slot = 0, tape = 0;  // elements; no slot: not this call
+};
+
+template <class S>
+struct ResidentOps {
+  ResidentSizes (*plan)(const ResidentCall<S>&);
+  // Before any task: the parameters theta [P] that all start from, as they read them.
+  void (*share)(const ResidentCall<S>&, const S* theta, S* shared);
+  void (*task)(const ResidentCall<S>&, S* shared, S* slot, const ResidentTask<S>&);
+};
+
 template <class S>
 struct Backend {
   const char* name;
@@ -151,6 +190,7 @@ struct Backend {
   LossOps<S> losses[int(LossKind::count)];
   VectorOps<S> vector;
   OptimizerOps<S> optimizer;
+  ResidentOps<S> resident;
   bool lockstep;      // takes all tasks at once, in one slot
   bool host_memory;   // its memory is the host's, and operations are done when they return
   bool tensor_cores;  // knows precisions other than float32

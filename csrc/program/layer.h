@@ -109,7 +109,18 @@ index_t scratch_count(const LayerDesc& desc, index_t samples);
 // in scratch. They don't depend on the number of tasks.
 index_t gradient_parts(const LayerDesc& desc, index_t samples);
 
-enum class LossKind : int { squared_error, cross_entropy, gaussian_policy, count };
+// The last six belong to policies, math/policy.h.
+enum class LossKind : int {
+  squared_error,
+  cross_entropy,
+  gaussian_policy,
+  gaussian_ratio,
+  gaussian_kl,
+  categorical_policy,
+  categorical_ratio,
+  categorical_kl,
+  count
+};
 
 template <class S>
 struct LossArgs {

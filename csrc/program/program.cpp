@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/error.h"
+#include "program/loss.h"
 
 namespace fm {
 namespace {
@@ -223,17 +224,6 @@ LayerDesc make_layer(Builder& b, const LayerSpec& s) {
   return d;
 }
 
-LossKind loss_kind(const LossSpec& loss) {
-  require(loss.reduction == "mean" ||
-              (loss.reduction == "sum_over_ways" && loss.kind == "cross_entropy"),
-          "reduction: expected 'mean' (or 'sum_over_ways' for cross_entropy), got '",
-          loss.reduction, "' for loss '", loss.kind, "'");
-  if (loss.kind == "mse") return LossKind::squared_error;
-  if (loss.kind == "cross_entropy") return LossKind::cross_entropy;
-  if (loss.kind == "policy_gradient") return LossKind::gaussian_policy;
-  fail("loss: expected mse, cross_entropy or policy_gradient, got '", loss.kind, "'");
-}
-
 Shape input_shape(const std::vector<index_t>& input) {
   require(input.size() == 1 || input.size() == 3,
           "input shape: expected [features] or [channels, height, width], got ", input.size(),
@@ -270,8 +260,9 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   require(b.param_count > 0, "the model has no parameters, so there is nothing to adapt");
   require(b.order.empty() && b.shape.pixels() == 1, "the model's output must be a vector, got ",
           text(b.shape), "; end it with a Linear layer");
-  require(loss_ != LossKind::gaussian_policy || b.shape.channels % 2 == 0,
-          "policy_gradient expects outputs (mean, log_std) of even size, got ", b.shape.channels);
+  const bool gaussian = loss_ >= LossKind::gaussian_policy && loss_ <= LossKind::gaussian_kl;
+  require(!gaussian || b.shape.channels % 2 == 0, loss.kind,
+          " expects outputs (mean, log_std) of even size, got ", b.shape.channels);
   output_ = b.shape;
   parameters_ = std::move(b.parameters);
   param_count_ = b.param_count;
@@ -367,46 +358,6 @@ std::vector<char> Program::tables() const {
   return bytes;
 }
 
-index_t Program::target_size() const {
-  if (loss_ == LossKind::cross_entropy) return 1;
-  if (loss_ == LossKind::gaussian_policy) return output_.size() / 2 + 1;
-  return output_.size();
-}
-
-// Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
-// pooling the winning tap of every output (as an integer of the scalar's width), both fused the
-// winner's x and tx.
-index_t saved_count(const LayerDesc& d, index_t samples) {
-  if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
-  if (d.kind == LayerKind::batch_norm_pool) {
-    return align_up(6 * d.in.channels, 16) + 2 * samples * d.out.size();
-  }
-  if (d.kind == LayerKind::layer_norm) return 6 * samples;
-  if (d.kind == LayerKind::max_pool) return samples * d.out.size();
-  return 0;
-}
-
-// 64 tiles of 64 x 64 weights, so that four tasks have 256 for the 132 multiprocessors of a large
-// GPU; but no part of less than 512 pixels, and at most 2^18 elements in all.
-index_t gradient_parts(const LayerDesc& d, index_t samples) {
-  const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
-  const index_t tiles = ((inputs + 63) / 64) * ((d.out.channels + 63) / 64);
-  const index_t useful = samples * d.out.pixels() / 512;
-  const index_t room = (index_t(1) << 18) / max_of<index_t>(1, d.param_count);
-  return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
-}
-
-// Scratch: the transposed weights and their tangents, or the parts of a weight gradient; two rows
-// of batch norm's coefficients, and two rows of sums a part, in double, which may take two elements
-// each.
-index_t scratch_count(const LayerDesc& d, index_t samples) {
-  if (d.kind == LayerKind::bilinear) {
-    return max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count;
-  }
-  if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
-    return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
-  }
-  return 0;
-}
+index_t Program::target_size() const { return loss_target_size(loss_, output_.size()); }
 
 }  // namespace fm

@@ -26,7 +26,7 @@ struct LayerSpec {
 };
 
 struct LossSpec {
-  std::string kind;       // mse | cross_entropy | policy_gradient
+  std::string kind;       // a name of loss_kind in program.cpp
   std::string reduction;  // mean | sum_over_ways
 };
 

@@ -32,7 +32,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A built-in loss: ``mse``, ``cross_entropy`` or ``policy_gradient``."""
+    """A built-in loss, by its name in `fastmaml.losses.BUILT_IN`."""
 
     kind: str
     reduction: str = "mean"

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
         shared: parameters, rates and per-task results.
         tape: activations and adjoints of one support step.
         kept: activations of all steps are kept for the chain; else recomputed.
+        resident: each task was done in one piece, in the nearest caches.
     """
 
     total: int
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     shared: int
     tape: int
     kept: bool
+    resident: bool
 
 
 class NativeEngine(Calls):
@@ -64,8 +66,8 @@ class NativeEngine(Calls):
     Args:
         program: from `fastmaml.compile.compile_module`.
         model: gives the parameters' shapes and order; never called or modified.
-        memory: ``keep`` the activations of every inner step for the chain, or
-            ``recompute`` them there; ``auto`` keeps up to 512 MiB.
+        memory: ``keep`` every inner step's activations for the chain, or ``recompute``
+            them; ``auto`` keeps 512 MiB, and does tasks of small networks in one piece.
         backend: of the extension; ``None`` takes that of the model's device.
         precision: how a GPU multiplies float32, see `Placement`.
 
@@ -106,12 +108,10 @@ class NativeEngine(Calls):
     @property
     def plan(self) -> Plan | None:
         """Memory of the latest call; ``None`` before the first."""
-        p = getattr(self._plan, "plan", self._plan)
-        if p is None:
+        if (p := getattr(self._plan, "plan", self._plan)) is None:
             return None
-        return Plan(
-            p.bytes, p.slots, p.slot_bytes, p.shared_bytes, p.tape_bytes, p.kept
-        )
+        sizes = p.bytes, p.slots, p.slot_bytes, p.shared_bytes, p.tape_bytes
+        return Plan(*sizes, p.kept, p.resident)
 
     # -- the protocol -------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastmaml.losses import Loss
+from fastmaml.losses import POLICY_TARGETS, Loss
 
 
 def check_placement(
@@ -66,22 +66,23 @@ def check_targets(what: str, loss: Loss, output: tuple[int, ...], y: Tensor) -> 
         raise ValueError(f"{got}, {loss.name} expects floating targets")
     if loss.name == "mse" and tuple(y.shape) != output:
         raise ValueError(f"{got}, mse expects the shape of the output {list(output)}")
-    if loss.name == "policy_gradient":
-        _check_policy(got, output, y)
+    if loss.native and loss.name in POLICY_TARGETS:
+        _check_policy(loss.name, got, output, y)
 
 
-def _check_policy(got: str, output: tuple[int, ...], y: Tensor) -> None:
-    if len(output) != 2 or output[1] % 2:
+def _check_policy(name: str, got: str, output: tuple[int, ...], y: Tensor) -> None:
+    gaussian = not name.startswith("categorical")
+    if len(output) != 2 or (gaussian and output[1] % 2):
+        expected = "[N, 2A]: means and logs of the standard deviations"
         raise ValueError(
-            f"model: returned {list(output)} for a task, policy_gradient expects "
-            "[N, 2A]: means and logs of the standard deviations"
+            f"model: returned {list(output)} for a task, {name} expects "
+            f"{expected if gaussian else '[N, O]: scores'}"
         )
-    wanted = [output[0], output[1] // 2 + 1]
+    size, meaning = POLICY_TARGETS[name]
+    wanted = [output[0], size(output[1])]
     if list(y.shape) != wanted:
-        raise ValueError(
-            f"{got}, policy_gradient expects [N, A+1] = {wanted}"
-            ": actions and the advantage"
-        )
+        shape, _, parts = meaning.partition(":")
+        raise ValueError(f"{got}, {name} expects {shape} = {wanted}:{parts}")
 
 
 def check_classes(what: str, y: Tensor, ways: int) -> None:

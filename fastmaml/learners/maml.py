@@ -39,7 +39,8 @@ class MAML(Learner):
         adapted: names the inner loop changes, or a predicate; ``None`` means all.
         batch_norm: ``batch`` uses batch statistics in every mode and leaves running
             buffers alone.
-        engine: ``auto`` takes the native engine where it can run the model;
+        engine: ``auto`` takes the native engine where it can run the model, but on
+            GPUs the functional one, as long as no GPU has run its kernels;
             ``native`` makes the reasons against it an error; ``functional``. For
             tests, ``cpu_lockstep`` and ``cuda_emulated`` run CPU tensors as a GPU
             would.

@@ -16,6 +16,12 @@ from fastmaml.engines.placement import backend_for, missing
 from fastmaml.learners.settings import TEST_ENGINES
 from fastmaml.losses import Loss
 
+# Emulation has proven the CUDA kernels, no GPU has: nobody gets them unasked.
+UNPROVEN = (
+    "its CUDA kernels have been run by an emulation only, on no GPU yet: "
+    "engine='native' takes them"
+)
+
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -89,11 +95,11 @@ def _obstacle(
     backend = choice.backend(device)
     if choice.engine in TEST_ENGINES and device.type != "cpu":
         return f"it takes a model on the CPU, got one on {device}"
-    return _missing() or (
-        None
-        if (reason := missing(backend)) is None
-        else f"the native engine has no backend for {device}: {reason}"
-    )
+    if (reason := _missing()) is not None:
+        return reason
+    if (reason := missing(backend)) is not None:
+        return f"the native engine has no backend for {device}: {reason}"
+    return UNPROVEN if choice.engine == "auto" and device.type == "cuda" else None
 
 
 def _missing() -> str | None:

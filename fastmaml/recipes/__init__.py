@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from fastmaml.recipes.common import Experiment
 
@@ -11,6 +12,12 @@ _RECIPES = {
     "glyphs": ("fastmaml.recipes.glyphs", "Glyphs"),
     "omniglot": ("fastmaml.recipes.omniglot", "Omniglot"),
     "mini-imagenet": ("fastmaml.recipes.mini_imagenet", "MiniImagenet"),
+    "navigation": ("fastmaml.recipes.navigation", "Navigation"),
+    "cheetah-dir": ("fastmaml.recipes.locomotion", "CheetahDirection"),
+    "cheetah-vel": ("fastmaml.recipes.locomotion", "CheetahVelocity"),
+    "ant-dir": ("fastmaml.recipes.locomotion", "AntDirection"),
+    "ant-vel": ("fastmaml.recipes.locomotion", "AntVelocity"),
+    "ant-goal": ("fastmaml.recipes.locomotion", "AntGoal"),
 }
 
 
@@ -19,7 +26,7 @@ def names() -> tuple[str, ...]:
     return tuple(_RECIPES)
 
 
-def recipe(name: str) -> type[Experiment]:
+def recipe(name: str) -> Any:
     """The settings class of an experiment.
 
     Raises:

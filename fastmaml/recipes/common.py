@@ -23,6 +23,7 @@ from fastmaml.tasks.batch import TaskBatch
 from fastmaml.tasks.sampler import TaskSampler, check_count
 from fastmaml.train.checkpoint import (
     LAST,
+    checkpoint_path,
     load_checkpoint,
     seed_everything,
     write_text_atomically,
@@ -99,6 +100,7 @@ class Experiment(abc.ABC):
     """write PNGs at the end"""
 
     name: ClassVar[str]
+    presets: ClassVar[tuple[str, ...]] = ("paper", "code")
     selectors: ClassVar[dict[str, type]] = {}
     """settings, besides preset, that others of a preset depend on"""
     evaluation_chunk: ClassVar[int] = 100
@@ -144,6 +146,10 @@ class Experiment(abc.ABC):
         """The fixed tasks of the validation."""
         return self.make_tasks("val").fixed(self.validation_tasks)
 
+    def train(self) -> int:
+        """Runs the experiment; see :func:`train`."""
+        return train(self)
+
     def check(self) -> None:
         """Refuses counts that make no sense, before a run begins.
 
@@ -171,7 +177,7 @@ LOCKED_OUT |= {"resume", "tensorboard", "progress", "plots", "test_tasks"}
 """Settings that may change on resuming; the rest would change the run's bits."""
 
 
-def save_settings(experiment: Experiment, run_dir: Path) -> None:
+def save_settings(experiment: Any, run_dir: Path) -> None:
     """Writes ``settings.json``, from which a run is resumed and evaluated."""
     import fastmaml
 
@@ -186,7 +192,7 @@ def save_settings(experiment: Experiment, run_dir: Path) -> None:
     write_text_atomically(run_dir / SETTINGS, json.dumps(record, indent=2) + "\n")
 
 
-def load_experiment(run_dir: str | Path) -> Experiment:
+def load_experiment(run_dir: str | Path) -> Any:
     """Reads the settings of a run.
 
     Raises:
@@ -228,9 +234,7 @@ def load_run(
         UserError: there is no run, or no checkpoint that can be read.
     """
     experiment = load_experiment(run_dir)
-    path = Path(run_dir) / f"{checkpoint}.pt"
-    if checkpoint == "best" and not path.is_file():
-        path = Path(run_dir) / LAST
+    path = checkpoint_path(run_dir, checkpoint)
     with user_errors():
         state = load_checkpoint(path, experiment.device)
         learner = experiment.build()
@@ -269,7 +273,7 @@ def train(experiment: Experiment) -> int:
     """
     from fastmaml.recipes.evaluation import Evaluate, evaluate
 
-    run_dir = _run_dir(experiment)
+    run_dir = run_folder(experiment)
     with user_errors():
         experiment.check()
         learner = experiment.build()
@@ -277,7 +281,7 @@ def train(experiment: Experiment) -> int:
         validation = experiment.validation() if experiment.validation_tasks else None
         optimizer = adam(learner.parameters(), experiment.meta_lr)
         save_settings(experiment, run_dir)
-    _announce(experiment, learner, run_dir)
+    announce(experiment, learner.report, run_dir)
     result = _fit(experiment, learner, tasks, optimizer, validation, run_dir)
     if result.interrupted:
         print(
@@ -337,7 +341,8 @@ def _fit(
         raise UserError(str(error)) from error
 
 
-def _run_dir(experiment: Experiment) -> Path:
+def run_folder(experiment: Any) -> Path:
+    """The folder of a run: a new one, or that of the run to go on with."""
     if experiment.resume is not None:
         _check_resumed(experiment)
         return Path(experiment.resume)
@@ -353,7 +358,7 @@ def _run_dir(experiment: Experiment) -> Path:
     return path
 
 
-def _check_resumed(experiment: Experiment) -> None:
+def _check_resumed(experiment: Any) -> None:
     before = load_experiment(str(experiment.resume))
     if before.name != experiment.name:
         raise UserError(
@@ -361,7 +366,7 @@ def _check_resumed(experiment: Experiment) -> None:
             f"{experiment.name}: fastmaml train {before.name} --resume ..."
         )
     free = LOCKED_OUT
-    if before.meta_lr_decay != "none":
+    if getattr(before, "meta_lr_decay", "none") != "none":
         free = LOCKED_OUT - {"iterations"}  # the rate's course depends on them
     for field in dataclasses.fields(experiment):
         was, now = getattr(before, field.name), getattr(experiment, field.name)
@@ -373,7 +378,8 @@ def _check_resumed(experiment: Experiment) -> None:
             )
 
 
-def _announce(experiment: Experiment, learner: MAML, run_dir: Path) -> None:
+def announce(experiment: Any, report: Any, run_dir: Path) -> None:
+    """Prints the settings of a run before it begins."""
     hidden = {"out", "resume", "preset", "progress", "plots", "tensorboard"}
     shown = [
         f"{f.name} {getattr(experiment, f.name)}"
@@ -388,5 +394,5 @@ def _announce(experiment: Experiment, learner: MAML, run_dir: Path) -> None:
         line += ("  " if not line else ", ") + item
     print(f"fastmaml train {experiment.name}, preset {experiment.preset}")
     print("\n".join([*lines, line]))
-    print(learner.report)
+    print(report)
     print(f"run: {run_dir}", flush=True)

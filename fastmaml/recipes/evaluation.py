@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastmaml.learners.base import Evaluation
-from fastmaml.recipes.common import Experiment, Subset, load_run, user_errors
+from fastmaml.recipes.common import (
+    Experiment,
+    Subset,
+    UserError,
+    load_experiment,
+    load_run,
+    user_errors,
+)
 from fastmaml.recipes.images import ImageExperiment
 from fastmaml.recipes.sinusoid import Sinusoid
 from fastmaml.train.checkpoint import write_text_atomically
@@ -29,8 +36,8 @@ class Evaluate:
 
     run: Annotated[str, tyro.conf.Positional]
     """folder of the run"""
-    tasks: int = 600
-    """test tasks"""
+    tasks: int | None = None
+    """test tasks; 600, in reinforcement learning 40, unless told"""
     steps: int | None = None
     """inner steps; as in the run's settings unless told"""
     inductive: bool = False
@@ -56,6 +63,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Raises:
         UserError: there is no such run, or an option does not fit it.
     """
+    if not isinstance(load_experiment(options.run), Experiment):
+        return _evaluate_agent(options)
     experiment, learner, path, iteration = load_run(options.run, options.checkpoint)
     steps = experiment.test_steps if options.steps is None else options.steps
     rows = []
@@ -77,6 +86,22 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     return record
 
 
+def _evaluate_agent(options: Evaluate) -> dict[str, Any]:
+    from fastmaml.recipes.rl_evaluation import evaluate_rl
+
+    plain = Evaluate(options.run)
+    for name in ("inductive", "subset", "shots", "queries"):
+        if getattr(options, name) != getattr(plain, name):
+            raise UserError(f"--{name} is for supervised runs, not for {options.run}")
+    return evaluate_rl(
+        options.run,
+        tasks=40 if options.tasks is None else options.tasks,
+        checkpoint=options.checkpoint,
+        steps=options.steps,
+        seed=options.seed,
+    )
+
+
 def _shots(experiment: Experiment, options: Evaluate) -> tuple[int, ...]:
     if options.shots:
         return options.shots
@@ -93,7 +118,9 @@ def _evaluate(
         options.subset, shots=shots, queries=options.queries
     )
     parts = sampler.fixed_batches(
-        options.tasks, options.seed, batch=experiment.evaluation_chunk
+        600 if options.tasks is None else options.tasks,
+        options.seed,
+        batch=experiment.evaluation_chunk,
     )
     return evaluate_tasks(learner, parts, steps=steps, inductive=options.inductive)
 

@@ -113,6 +113,14 @@ def load_checkpoint(
     return Checkpoint(**{k: v for k, v in _restored(raw).items() if k in known})
 
 
+def checkpoint_path(run_dir: str | os.PathLike[str], checkpoint: str) -> Path:
+    """Where ``best`` or ``last`` is; without a best one, the last."""
+    path = Path(run_dir) / f"{checkpoint}.pt"
+    if checkpoint == "best" and not path.is_file():
+        return Path(run_dir) / LAST
+    return path
+
+
 def non_finite(state: dict[str, Any]) -> list[str]:
     """Names of the floating-point tensors of ``state`` that hold NaN or infinity."""
     return [

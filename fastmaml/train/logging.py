@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 METRICS = "metrics.jsonl"
-TIMING_FIELDS = ("seconds", "meta_steps_per_second")
+TIMING_FIELDS = (
+    "seconds",
+    "meta_steps_per_second",
+    "sampling_seconds",
+    "processing_seconds",
+    "update_seconds",
+)
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -185,13 +191,17 @@ class Progress:
 
     def show(self, iteration: int, loss: float, accuracy: float | None) -> None:
         """Shows the state after ``iteration`` and sets when to show the next."""
+        figures = f"loss {loss:.4g}"
+        if accuracy is not None:
+            figures += f", accuracy {accuracy:.1%}"
+        self.tell(iteration, figures)
+
+    def tell(self, iteration: int, figures: str) -> None:
+        """As :meth:`show`, with the state in words."""
         if self.due == float("inf"):
             return
         now = time.perf_counter()
         self.due = now + self._pause
-        figures = f"loss {loss:.4g}"
-        if accuracy is not None:
-            figures += f", accuracy {accuracy:.1%}"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(iteration - self._bar.n)

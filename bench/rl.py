@@ -1,0 +1,293 @@
+"""How fast meta-reinforcement learning is: sampling, meta-update, whole iterations.
+
+    python -m bench.rl --out bench/results/NAME-rl.json [--tasks 40] [--rounds 3]
+
+An iteration of an experiment with the paper's sizes: a policy in every task collects
+trajectories, adapts, and collects again; then a trust-region step. The meta-update is
+timed on the same trajectories for
+
+* ``fastmaml``: products of the engine, one call for all tasks;
+* ``fastmaml, a tenth``: the same with ``fisher_subsample`` 0.1;
+* ``torch.func``: the same update with the adaptation under ``vmap`` and a graph:
+  the divergence's gradient is differentiated once, and each product with the Fisher
+  matrix is one backward pass through that graph.
+
+Both must take the same step, up to rounding; the difference is in the result. What the
+simulation alone can do is in ``bench.rl_envs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from bench import facts
+from fastmaml.losses import (
+    gaussian_divergence,
+    gaussian_log_probability,
+    policy_gradient,
+)
+from fastmaml.recipes import recipe
+from fastmaml.recipes.reinforcement import RLExperiment, prepare_threads
+from fastmaml.rl.adaptation import Adaptation
+from fastmaml.rl.learner import MetaRL, processed
+from fastmaml.rl.noise import collection_seed
+from fastmaml.rl.objective import MetaObjective
+from fastmaml.rl.rollout import collect
+from fastmaml.rl.trpo import Trpo, trust_region_step
+
+
+class Peer:
+    """The meta-objective on torch.func; one inner step.
+
+    Args:
+        objective: whose policy and trajectories are used.
+        rate: of the inner step.
+    """
+
+    def __init__(self, objective: MetaObjective, rate: float) -> None:
+        self.model = objective.policy.model
+        self.flat, self.theta = objective.flat, objective.theta
+        (support,), query = objective.supports, objective.query
+        target = objective.policy.inner_target(support)
+        self.rate, self.support, self.query = rate, (support.x, target), query
+        self.old = self.outputs(self._leaf()).detach()
+        self.old_log = gaussian_log_probability(self.old, query.actions)
+        self._slope: tuple[Tensor, Tensor] | None = None
+
+    def _leaf(self) -> Tensor:
+        return self.theta.float().requires_grad_()
+
+    def outputs(self, flat: Tensor) -> Tensor:
+        """Outputs [T, N, Z] of the adapted policies on the query samples."""
+        theta = self.flat.split(flat)
+
+        def adapted(x: Tensor, y: Tensor, query: Tensor) -> Tensor:
+            def loss(p: dict[str, Tensor]) -> Tensor:
+                return policy_gradient(functional_call(self.model, p, (x,)), y)
+
+            slopes = grad(loss)(theta)
+            new = {n: p - self.rate * slopes[n] for n, p in theta.items()}
+            return functional_call(self.model, new, (query,))
+
+        return vmap(adapted)(*self.support, self.query.x)
+
+    def _surrogate(self, outputs: Tensor) -> Tensor:
+        log = gaussian_log_probability(outputs, self.query.actions)
+        return -(torch.exp(log - self.old_log) * self.query.advantages).mean()
+
+    def _divergence(self, outputs: Tensor) -> Tensor:
+        return (gaussian_divergence(outputs, self.old) * self.query.weights).mean()
+
+    def gradient(self) -> Tensor:
+        """As `MetaObjective.gradient`."""
+        leaf = self._leaf()
+        loss = self._surrogate(self.outputs(leaf))
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    def fisher_product(self, v: Tensor) -> Tensor:
+        """As `MetaObjective.fisher_product`; the graph is made at the first call."""
+        if self._slope is None:
+            leaf = self._leaf()
+            kl = self._divergence(self.outputs(leaf))
+            (slope,) = torch.autograd.grad(kl, leaf, create_graph=True)
+            self._slope = leaf, slope
+        leaf, slope = self._slope
+        product = torch.autograd.grad(slope @ v.float(), leaf, retain_graph=True)[0]
+        return product.double()
+
+    def evaluate(self, theta: Tensor) -> tuple[float, float]:
+        """As `MetaObjective.evaluate`."""
+        outputs = self.outputs(theta.float()).detach()
+        return float(self._surrogate(outputs)), float(self._divergence(outputs))
+
+
+def step_of(objective: Any, loss: float, settings: Trpo) -> Tensor:
+    """The parameters after a trust-region step."""
+    theta, _ = trust_region_step(
+        objective.theta,
+        objective.gradient(),
+        objective.fisher_product,
+        objective.evaluate,
+        loss,
+        settings,
+    )
+    return theta
+
+
+def timed(call: Callable[[], Any], rounds: int) -> tuple[list[float], Any]:
+    """Seconds of several calls, and what the last returned."""
+    seconds, result = [], None
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+    return seconds, result
+
+
+class Bench:
+    """One experiment at the sizes asked for.
+
+    Args:
+        experiment: its settings.
+        rounds: iterations and updates that are timed.
+    """
+
+    def __init__(self, experiment: RLExperiment, rounds: int) -> None:
+        self.experiment, self.rounds = experiment, rounds
+        self.envs = experiment.make_rows(experiment.meta_batch)
+        self.learner = experiment.make_learner(self.envs)
+        self.trpo = self.learner.update.trpo
+        prepare_threads(experiment, self.learner.policy)
+        self.tasks = self.envs.sample_tasks(experiment.meta_batch, 1)
+
+    def iterations(self, share: float) -> dict[str, Any]:
+        """Whole iterations, and where their time goes."""
+        update = dataclasses.replace(self.learner.update, fisher_subsample=share)
+        learner = MetaRL(
+            self.learner.policy, self.envs, rates=self.learner.rates, update=update
+        )
+        rows, found = [], None
+        for i in range(self.rounds + 1):
+            start = time.perf_counter()
+            found = learner.iterate(self.tasks, i)
+            row = {"seconds": time.perf_counter() - start, **found.seconds}
+            row["steps"] = found.environment_steps
+            rows.append(row)
+        rows = rows[1:]  # the first warms up
+        median = {k: sorted(r[k] for r in rows)[len(rows) // 2] for k in rows[0]}
+        rate = median["steps"] / median["sampling"]
+        return {**median, "sampled_steps_per_second": rate, "rounds": rows}
+
+    def updates(self) -> dict[str, Any]:
+        """The meta-update alone, on the same trajectories."""
+        objective = self._objective(1)
+        loss = objective.loss
+        found: dict[str, Any] = {}
+        tenth = self._objective(10)
+        ours, theta = timed(lambda: step_of(objective, loss, self.trpo), self.rounds)
+        found["fastmaml"] = ours
+        found["fastmaml, a tenth"], _ = timed(
+            lambda: step_of(tenth, loss, self.trpo), self.rounds
+        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.experiment.threads or _cores())
+        peer_times, there = timed(
+            lambda: step_of(Peer(objective, self.learner.rates[0]), loss, self.trpo),
+            max(1, self.rounds // 2),
+        )
+        torch.set_num_threads(threads)
+        found["torch.func"] = peer_times
+        moved = (theta - objective.theta).norm()
+        found["difference"] = float((there - theta).norm() / moved)
+        found["ratio"] = min(peer_times) / min(ours)
+        return found
+
+    def _objective(self, stride: int) -> MetaObjective:
+        learner, policy = self.learner, self.learner.policy
+        adaptation = Adaptation(policy, policy.parameters(), len(self.tasks))
+        samples = []
+        for k in range(2):
+            seed = collection_seed(7, 0, k)
+            found = collect(
+                policy, adaptation.adapted, self.envs, self.tasks, seed=seed
+            )
+            samples.append(processed(found, learner.gamma, learner.lam))
+            if k == 0:
+                adaptation.step(samples[0], learner.rates[0])
+        return MetaObjective(
+            policy,
+            policy.parameters(),
+            adaptation,
+            samples[:1],
+            samples[1],
+            stride=stride,
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.rl", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, help="JSON to write; printed without one")
+    add("--experiment", default="cheetah-dir")
+    add("--tasks", type=int, default=40)
+    add("--episodes", type=int, default=20)
+    add("--horizon", type=int)
+    add("--rounds", type=int, default=3)
+    add("--threads", type=int)
+    options = parser.parse_args(argv)
+    options.argv = list(argv)
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as JSON can hold it."""
+    experiment = dataclasses.replace(
+        recipe(options.experiment).from_preset("paper"),
+        meta_batch=options.tasks,
+        episodes=options.episodes,
+        horizon=options.horizon,
+        threads=options.threads,
+    )
+    bench = Bench(experiment, options.rounds)
+    command = shlex.join(["python", "-m", "bench.rl", *options.argv])
+    result = {
+        "schema": 1,
+        "command": facts.without_paths(command),
+        **facts.collect(),
+        "experiment": experiment.name,
+        "tasks": options.tasks,
+        "episodes": options.episodes,
+        "horizon": bench.envs.horizon,
+        "updates": bench.updates(),
+        "iterations": {
+            "fastmaml": bench.iterations(1.0),
+            "fastmaml, a tenth": bench.iterations(0.1),
+        },
+    }
+    bench.envs.close()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    result = run(options)
+    text = json.dumps(result, indent=2) + "\n"
+    if options.out is None:
+        print(text)
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+    updates = result["updates"]
+    assert math.isfinite(updates["difference"])
+    for name in ("fastmaml", "fastmaml, a tenth", "torch.func"):
+        print(f"meta-update, {name}: {min(updates[name]):.3f} s", file=sys.stderr)
+    for name, row in result["iterations"].items():
+        print(
+            f"iteration, {name}: {row['seconds']:.2f} s, sampling "
+            f"{row['sampled_steps_per_second']:,.0f} steps/s",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+// A whole task of a small network in one call, in the nearest caches: inner steps, query gradients
+// and chain. With x = a of the stage before, a stage is
+//
+//   z  = x w + b            a  = f(z)              d: adjoint of z, da of a, dx of x
+//   d  = f'(z) da           dx = d w^T             dw  = x^T d            db  = sum d
+//   tz = x tw + tx w + tb   ta = f'(z) tz
+//   td = f''(z) tz da + f'(z) tda                  tdx = td w^T + d tw^T
+//                                                  tdw = x^T td + tx^T d  tdb = sum td
+//
+// What updates w updates w^T as well, from the same sums in the same order, so that nothing is ever
+// transposed but the parameters the tasks share. Every element is one chain of multiply-adds over
+// samples or features (a stage with one output: one per lane), whatever runs beside.
+
+namespace FM_KERNELS {
+
+class Resident {
+ public:
+  Resident(const ResidentCall<S>& call, const Residence& at, const ResidentTask<S>& task,
+           const S* theta0, S* slot)
+      : call_(call), at_(at), task_(task), theta0_(theta0), slot_(slot) {}
+
+  void run() const {
+    const index_t K = call_.steps;
+    double unused;
+    for (index_t k = 0; k < K; ++k) {
+      S* next = slot_ + at_.thetas + k * at_.params;
+      gradient(theta(k), support(), tape(k), {next, theta(k), S(-1), rates(k), true}, &unused,
+               &unused);
+    }
+    S* lambda = slot_ + at_.lambda;
+    if (call_.loss_weights[K] == 0) std::memset(lambda, 0, at_.params * sizeof(S));
+    for (index_t k = K;; --k) {
+      add_query_gradient(k);
+      if (k == 0) break;
+      if (!call_.first_order) chain_step(k - 1);
+    }
+    store_lambda();
+  }
+
+  // The parameters tasks share, from the engine's layout.
+  static void share(const Residence& at, const S* theta, S* set) {
+    for (int l = 0; l < at.depth; ++l) {
+      const Stage& s = at.stages[l];
+      const S* w = theta + s.layer->param_offset;
+      if (!s.single()) copy_rows(w, s.out, s.in, s.out, set + s.w, s.out_row);
+      if (l > 0) transpose(w, s.in, s.out, set + s.wt, s.in_row);
+      if (s.layer->has_bias) copy_rows(w + s.layer->bias_offset, 0, 1, s.out, set + s.b, 0);
+    }
+  }
+
+ private:
+  using Reinforce = math::PolicyGradient<math::Gaussian>;
+
+  struct Batch {
+    const S* x;
+    const void* y;
+    index_t count;
+  };
+
+  // out = base + factor * rate (.) g, for w^T only if `both`, unless there is no other
+  struct Target {
+    S* out;
+    const S* base;
+    S factor;
+    const S* rates;  // [segments], null: 1
+    bool both;
+  };
+
+  Batch support() const { return {task_.support_x, task_.support_y, call_.support}; }
+  Batch query() const { return {task_.query_x, task_.query_y, call_.query}; }
+  const S* theta(index_t k) const {
+    return k == 0 ? theta0_ : slot_ + at_.thetas + (k - 1) * at_.params;
+  }
+  S* tape(index_t k) const { return slot_ + at_.tapes + (call_.first_order ? 0 : k) * at_.tape; }
+  index_t row(index_t k) const { return min_of(k, call_.rate_rows - 1); }
+  const S* rates(index_t k) const {
+    return call_.rates + row(k) * index_t(call_.program->segments().size());
+  }
+  const Stage& last() const { return at_.stages[at_.depth - 1]; }
+  // what a stage reads
+  static const S* input(const Stage* s, const Batch& batch, const S* tape) {
+    return s ? tape + s->a : batch.x;
+  }
+  const Stage* before(int l) const { return l > 0 ? &at_.stages[l - 1] : nullptr; }
+
+  // lambda += w_k g_q(theta_k), which is where lambda starts at the last step
+  void add_query_gradient(index_t k) const {
+    const double weight = call_.loss_weights[k];
+    task_.loss[k] = task_.accuracy[k] = std::numeric_limits<double>::quiet_NaN();
+    if (weight == 0) return;
+    S* lambda = slot_ + at_.lambda;
+    const Target target{lambda, k == call_.steps ? nullptr : lambda, S(weight), nullptr,
+                        k > 0 && !call_.first_order};
+    gradient(theta(k), query(), slot_ + at_.late, target, &task_.loss[k], &task_.accuracy[k]);
+  }
+
+  // lambda -= H_s(theta_k) [a_k (.) lambda]
+  void chain_step(index_t k) const {
+    S* lambda = slot_ + at_.lambda;
+    if (call_.one_rate) {
+      const S factor = -call_.one_rate[row(k)];
+      hessian_vector(theta(k), lambda, tape(k), {lambda, lambda, factor, nullptr, k > 0});
+    } else {
+      S* v = slot_ + at_.direction;
+      scale_by_rates(rates(k), lambda, v);
+      hessian_vector(theta(k), v, tape(k), {lambda, lambda, S(-1), nullptr, k > 0});
+    }
+  }
+
+  void scale_by_rates(const S* rates, const S* from, S* to) const {
+    const auto scale = [&](index_t begin, index_t n, S rate) {
+      for (index_t i = begin; i < begin + n; ++i) to[i] = rate * from[i];
+    };
+    for (int l = 0; l < at_.depth; ++l) {
+      const Stage& s = at_.stages[l];
+      const S* rate = rates + s.layer->segment;
+      if (!s.single()) scale(s.w, s.in * s.out_row, rate[0]);
+      if (l > 0) scale(s.wt, s.out * s.in_row, rate[0]);
+      if (s.layer->has_bias) scale(s.b, s.out_row, rate[1]);
+    }
+  }
+
+  bool still(const Stage& s) const { return call_.one_rate && !call_.adapted[s.layer->segment]; }
+
+  void gradient(const S* theta, const Batch& batch, S* tape, const Target& target, double* value,
+                double* accuracy) const {
+    for (int l = 0; l < at_.depth; ++l) {
+      const Stage& s = at_.stages[l];
+      Operands pairs;
+      pairs.add(input(before(l), batch, tape), theta);
+      forward_product(s, pairs, s.layer->has_bias ? theta + s.b : nullptr, batch.count, s.relu,
+                      nullptr, tape + s.z);
+      if (s.activation) {
+        s.activation->forward(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a);
+      }
+    }
+    loss(batch, tape, value, accuracy);
+    for (int l = at_.depth; l-- > 0;) {
+      const Stage& s = at_.stages[l];
+      if (s.activation) {
+        s.activation->slope(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a, tape + s.da,
+                            tape + s.d);
+      }
+      if (const Stage* p = before(l)) {
+        Operands pairs;
+        pairs.add(tape + s.d, theta + s.wt);
+        adjoint_product(s, pairs, batch.count, p->relu ? tape + p->a : nullptr, tape + p->da);
+      }
+      Operands pairs;
+      pairs.add(input(before(l), batch, tape), tape + s.d);
+      update(s, pairs, batch.count, tape + s.d, target);
+    }
+  }
+
+  // tdw into the target, from the tape of the gradient there
+  void hessian_vector(const S* theta, const S* v, S* tape, const Target& target) const {
+    const Batch batch = support();
+    S* tangent = slot_ + at_.late;
+    for (int l = 0; l < at_.depth; ++l) {
+      const Stage& s = at_.stages[l];
+      const Stage* p = before(l);
+      const bool moves = !still(s);
+      Operands pairs;
+      pairs.add(input(p, batch, tape), moves ? v : nullptr);
+      pairs.add(p ? tangent + p->ta : nullptr, theta);
+      forward_product(s, pairs, s.layer->has_bias && moves ? v + s.b : nullptr, batch.count, false,
+                      s.relu ? tape + s.a : nullptr, tangent + s.tz);
+      if (s.activation) {
+        s.activation->slope(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a,
+                            tangent + s.tz, tangent + s.ta);
+      }
+    }
+    loss_hessian(batch, tape, tangent);
+    for (int l = at_.depth; l-- > 0;) {
+      const Stage& s = at_.stages[l];
+      const Stage* p = before(l);
+      if (s.activation) {
+        s.activation->curve(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a,
+                            tangent + s.tz, tape + s.da, tangent + s.tda, tangent + s.td);
+      }
+      if (p) {
+        Operands pairs;
+        pairs.add(tangent + s.td, theta + s.wt);
+        pairs.add(tape + s.d, still(s) ? nullptr : v + s.wt);
+        adjoint_product(s, pairs, batch.count, p->relu ? tape + p->a : nullptr, tangent + p->tda);
+      }
+      Operands pairs;
+      pairs.add(input(p, batch, tape), tangent + s.td);
+      pairs.add(p ? tangent + p->ta : nullptr, tape + s.d);
+      update(s, pairs, batch.count, tangent + s.td, target);
+    }
+  }
+
+  // c [N, out_row] = bias + x w summed over pairs of x and a set of parameters
+  static void forward_product(const Stage& s, Operands pairs, const S* bias, index_t count,
+                              bool relu, const S* mask, S* c) {
+    for (int i = 0; i < pairs.count; ++i) pairs.pair[i].other += s.single() ? s.wt : s.w;
+    if (s.single()) return dots(s, pairs, bias, count, c);
+    RowsProduct product{count, s.out_row, s.in, pairs, s.in_row, 1, c, {}};
+    product.epilogue.start = bias;
+    product.epilogue.relu = relu;
+    product.epilogue.mask = mask;
+    rows_product<false>(product);
+  }
+
+  // as many samples at a time as a vector has lanes
+  static void dots(const Stage& s, const Operands& pairs, const S* bias, index_t count, S* c) {
+    const V start = splat(bias ? *bias : S(0));
+    for (index_t first = 0; first < count; first += kLanes) {
+      const index_t samples = min_of(kLanes, count - first);
+      V sums[kLanes] = {};
+      for (int i = 0; i < pairs.count; ++i) {
+        const S *x = pairs.pair[i].src + first * s.in_row, *w = pairs.pair[i].other;
+        for_columns(s.in, [&](auto lanes, index_t k) {
+          const V weight = lanes.get(w + k);
+          for (index_t n = 0; n < samples; ++n) sums[n] += lanes.get(x + n * s.in_row + k) * weight;
+        });
+      }
+      sum_each<int(kLanes) / 2>(sums);
+      S values[kLanes];
+      store(values, start + sums[0]);
+      for (index_t n = 0; n < samples; ++n) c[(first + n) * s.out_row] = values[n];
+    }
+  }
+
+  // c [N, in_row] = d w^T summed over pairs
+  static void adjoint_product(const Stage& s, const Operands& pairs, index_t count, const S* mask,
+                              S* c) {
+    RowsProduct product{count, s.in_row, s.out, pairs, s.out_row, 1, c, {}};
+    product.epilogue.mask = mask;
+    rows_product<false>(product);
+  }
+
+  // The target's w, w^T and b from pairs of x and d; `sums` [N, out_row] add up to db.
+  void update(const Stage& s, const Operands& pairs, index_t count, const S* sums,
+              const Target& t) const {
+    const auto factor = [&](index_t i) {
+      return t.rates ? t.factor * t.rates[s.layer->segment + i] : t.factor;
+    };
+    if (!s.single()) {
+      RowsProduct w{s.in, s.out_row, count, pairs, 1, s.in_row, t.out + s.w, {}};
+      w.epilogue.base = t.base ? t.base + s.w : nullptr;
+      w.epilogue.scale = factor(0);
+      rows_product<true>(w);
+    }
+    if (s.single() || (t.both && &s != at_.stages)) {
+      Operands swapped;
+      for (int i = 0; i < pairs.count; ++i) swapped.add(pairs.pair[i].other, pairs.pair[i].src);
+      RowsProduct wt{s.out, s.in_row, count, swapped, 1, s.out_row, t.out + s.wt, {}};
+      wt.epilogue.base = t.base ? t.base + s.wt : nullptr;
+      wt.epilogue.scale = factor(0);
+      rows_product<true>(wt);
+    }
+    if (!s.layer->has_bias) return;
+    sum_rows(sums, count, s.out_row, t.base ? t.base + s.b : nullptr, factor(1), t.out + s.b);
+  }
+
+  // Calls body(n, z, place of its adjoint, target) for every sample.
+  template <class Target, class Body>
+  void each_sample(const Batch& batch, index_t width, Body&& body) const {
+    const Target* y = static_cast<const Target*>(batch.y);
+    for (index_t n = 0; n < batch.count; ++n) body(n * last().out_row, y + n * width);
+  }
+
+  void loss(const Batch& batch, S* tape, double* value, double* accuracy) const {
+    const Program& program = *call_.program;
+    const S scale = S(program.loss_scale(batch.count));
+    const S* z = tape + last().a;
+    S* dz = tape + last().da;
+    const index_t outputs = last().out;
+    double total = 0;
+    index_t hits = 0;
+    *accuracy = std::numeric_limits<double>::quiet_NaN();
+    if (program.loss() == LossKind::squared_error) {
+      each_sample<S>(batch, outputs, [&](index_t i, const S* y) {
+        total += math::squared_error(z + i, y, outputs, scale, dz + i);
+      });
+    } else if (program.loss() == LossKind::gaussian_policy) {
+      each_sample<S>(batch, Reinforce::target_size(outputs), [&](index_t i, const S* y) {
+        total += Reinforce::value(z + i, y, outputs, scale, dz + i);
+      });
+    } else {
+      each_sample<std::int64_t>(batch, 1, [&](index_t i, const std::int64_t* y) {
+        bool correct = false;
+        total += math::cross_entropy(z + i, *y, outputs, scale, dz + i, &correct);
+        hits += correct;
+      });
+      *accuracy = double(hits) / double(batch.count);
+    }
+    *value = total;
+  }
+
+  void loss_hessian(const Batch& batch, const S* tape, S* tangent) const {
+    const Program& program = *call_.program;
+    const S scale = S(program.loss_scale(batch.count));
+    const S *z = tape + last().a, *tz = tangent + last().ta;
+    S* tdz = tangent + last().tda;
+    const index_t outputs = last().out;
+    if (program.loss() == LossKind::squared_error) {
+      for (index_t i = 0; i < batch.count * last().out_row; ++i) tdz[i] = S(2) * scale * tz[i];
+    } else if (program.loss() == LossKind::gaussian_policy) {
+      each_sample<S>(batch, Reinforce::target_size(outputs), [&](index_t i, const S* y) {
+        Reinforce::hessian(z + i, y, tz + i, outputs, scale, tdz + i);
+      });
+    } else {
+      each_sample<std::int64_t>(batch, 1, [&](index_t i, const std::int64_t*) {
+        math::cross_entropy_hessian(z + i, tz + i, outputs, scale, tdz + i);
+      });
+    }
+  }
+
+  // To the engine's layout.
+  void store_lambda() const {
+    const S* lambda = slot_ + at_.lambda;
+    S* row = call_.lambdas + task_.task * call_.program->param_count();
+    for (int l = 0; l < at_.depth; ++l) {
+      const Stage& s = at_.stages[l];
+      S* out = row + s.layer->param_offset;
+      if (s.single()) {
+        copy_rows(lambda + s.wt, 0, 1, s.in, out, 0);
+      } else {
+        copy_rows(lambda + s.w, s.out_row, s.in, s.out, out, s.out);
+      }
+      if (!s.layer->has_bias) continue;
+      copy_rows(lambda + s.b, 0, 1, s.out, out + s.layer->bias_offset, 0);
+    }
+  }
+
+  // Rows that lie `from_row` and `to_row` apart.
+  static void copy_rows(const S* from, index_t from_row, index_t rows, index_t columns, S* to,
+                        index_t to_row) {
+    if (from_row == columns && to_row == columns) {
+      columns *= rows;
+      rows = 1;
+    }
+    for (index_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+      for_columns(columns, [&](auto lanes, index_t c) { lanes.put(to + c, lanes.get(from + c)); });
+    }
+  }
+
+  const ResidentCall<S>& call_;
+  const Residence& at_;
+  const ResidentTask<S>& task_;
+  const S* theta0_;
+  S* slot_;
+};
+
+// What tasks share: where everything is, the tree, then the parameters.
+struct SharedRoom {
+  static constexpr index_t kTree = (index_t(sizeof(Residence)) / kAlignment + 1) * kAlignment;
+  index_t params;  // elements
+  explicit SharedRoom(index_t tasks)
+      : params((kTree + kAlignment + RowTree::bytes(tasks)) / index_t(sizeof(S))) {}
+  static RowTree tree(S* shared) {
+    const auto address = reinterpret_cast<std::uintptr_t>(shared) + kTree;
+    return RowTree(reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+  }
+};
+
+inline ResidentSizes resident_plan(const ResidentCall<S>& call) {
+  Residence at;
+  if (!at.plan(call)) return {};
+  return {SharedRoom(call.tasks).params + at.params, at.slot, at.tape};
+}
+
+inline void resident_share(const ResidentCall<S>& call, const S* theta, S* shared) {
+  Residence* at = new (shared) Residence;
+  at->plan(call);
+  SharedRoom::tree(shared).clear(call.tasks);
+  Resident::share(*at, theta, shared + SharedRoom(call.tasks).params);
+}
+
+inline void resident_task(const ResidentCall<S>& call, S* shared, S* slot,
+                          const ResidentTask<S>& task) {
+  const Residence& at = *std::launder(reinterpret_cast<const Residence*>(shared));
+  Resident(call, at, task, shared + SharedRoom(call.tasks).params, slot).run();
+  SharedRoom::tree(shared).arrive(call.lambdas, call.tasks, call.program->param_count(), task.task);
+}
+
+}  // namespace FM_KERNELS

@@ -1,0 +1,213 @@
+// Products of small matrices whose rows are padded to whole (half) vectors, for resident tasks.
+//
+//   c[m, :] = epilogue(sum over operand pairs and k of a[m, k] b[k, :])
+//
+// as in dense.inl.h, but without masks: the padding of b is read and that of c is written, whatever
+// it holds. A tile is up to kRowsTile rows by whole rows of c's block: two vectors, or the last
+// ones of a row and a half vector. The half vectors of two rows share a register, so that 40
+// columns take two and a half multiply-adds a row instead of three.
+//
+// Every element is one chain of fused multiply-adds over k, whichever tile it falls to.
+
+namespace FM_KERNELS {
+
+#if defined(__AVX512F__)
+constexpr index_t kRowUnit = kLanes / 2;
+#else
+constexpr index_t kRowUnit = kLanes;
+#endif
+
+// Elements from row to row of a padded matrix.
+FM_INLINE index_t padded_row(index_t columns) { return align_up(columns, kRowUnit); }
+
+struct RowsProduct {
+  index_t rows, columns, depth;  // columns: padded, also the rows of b and c
+  Operands operands;             // (a, b)
+  index_t a_row, a_step;         // one of them is 1
+  S* c;
+  Epilogue epilogue;
+};
+
+// Two half vectors in one: `low` is row 2i, `high` row 2i + 1.
+#if defined(__AVX512F__)
+FM_INLINE V half_twice(const S* p) {
+  return V(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(p))));
+}
+FM_INLINE V half_pair(const S* low, const S* high) {
+  const __m512d v = _mm512_castpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(low)));
+  return V(_mm512_insertf64x4(v, _mm256_loadu_pd(reinterpret_cast<const double*>(high)), 1));
+}
+FM_INLINE void put_low(S* p, V v) {
+  _mm256_storeu_pd(reinterpret_cast<double*>(p), _mm512_castpd512_pd256(__m512d(v)));
+}
+FM_INLINE void put_high(S* p, V v) {
+  _mm256_storeu_pd(reinterpret_cast<double*>(p), _mm512_extractf64x4_pd(__m512d(v), 1));
+}
+FM_INLINE V merge_halves(V low, V high) {
+  return V(_mm512_mask_blend_pd(0xf0, __m512d(low), __m512d(high)));
+}
+#else
+FM_INLINE V half_twice(const S* p) { return load(p); }
+FM_INLINE V half_pair(const S* low, const S*) { return load(low); }
+FM_INLINE void put_low(S* p, V v) { store(p, v); }
+FM_INLINE void put_high(S* p, V v) { store(p, v); }
+FM_INLINE V merge_halves(V low, V) { return low; }
+#endif
+
+// M rows by N vectors and, with Half, half a one.
+template <int M, int N, bool Half>
+struct RowsTile {
+  static constexpr int kMain = N > 0 ? N : 1, kPairs = Half ? (M + 1) / 2 : 1;
+  V main[M][kMain];
+  V half[kPairs];
+
+  // what is done with each register: f(register, pointer offset from its row)
+  template <class Get, class GetPair, class Put>
+  FM_INLINE void apply(index_t row, S* c, Get&& get, GetPair&& get_pair, Put&& put) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        const index_t i = m * row + n * kLanes;
+        store(c + i, put(main[m][n], get(i)));
+      }
+    }
+    if constexpr (Half) {
+#pragma GCC unroll 6
+      for (int p = 0; p < kPairs; ++p) {
+        const index_t low = 2 * p * row + N * kLanes, high = 2 * p + 1 < M ? low + row : low;
+        const V v = put(half[p], get_pair(low, high));
+        put_low(c + low, v);
+        if (2 * p + 1 < M) put_high(c + high, v);
+      }
+    }
+  }
+};
+
+template <int M, int N, bool Half, bool AdjacentRows>
+void rows_tile(const RowsProduct& p, index_t row, index_t column) {
+  using Tile = RowsTile<M, N, Half>;
+  Tile t;
+  const index_t columns = p.columns;
+  const S* start = p.epilogue.start;
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) t.main[m][n] = start ? load(start + column + n * kLanes) : V{};
+  }
+  if constexpr (Half) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Tile::kPairs; ++i) {
+      t.half[i] = start ? half_twice(start + column + N * kLanes) : V{};
+    }
+  }
+  for (int pair = 0; pair < p.operands.count; ++pair) {
+    const index_t a_row = AdjacentRows ? 1 : p.a_row;
+    const index_t a_step = AdjacentRows ? p.a_step : 1;
+    const S* a = p.operands.pair[pair].src + row * a_row;
+    const S* b = p.operands.pair[pair].other + column;
+    for (index_t k = 0; k < p.depth; ++k, a += a_step, b += columns) {
+      V right[Tile::kMain], tail{};
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
+      if constexpr (Half) tail = half_twice(b + N * kLanes);
+      V before{};
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const V value = splat(a[m * a_row]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) t.main[m][n] += value * right[n];
+        if constexpr (Half) {
+          if (m % 2 == 1) {
+            t.half[m / 2] += merge_halves(before, value) * tail;
+          } else if (m == M - 1) {
+            t.half[m / 2] += value * tail;
+          }
+          before = value;
+        }
+      }
+    }
+  }
+  const Epilogue& e = p.epilogue;
+  const index_t offset = row * columns + column;
+  S* c = p.c + offset;
+  const auto nothing = [](index_t) { return V{}; };
+  const auto no_pair = [](index_t, index_t) { return V{}; };
+  if (e.base) {
+    const S* base = e.base + offset;
+    const V scale = splat(e.scale);
+    t.apply(
+        columns, c, [=](index_t i) { return load(base + i); },
+        [=](index_t i, index_t j) { return half_pair(base + i, base + j); },
+        [=](V v, V from) { return from + scale * v; });
+  } else if (e.mask) {
+    const S* mask = e.mask + offset;
+    t.apply(
+        columns, c, [=](index_t i) { return load(mask + i); },
+        [=](index_t i, index_t j) { return half_pair(mask + i, mask + j); },
+        [](V v, V m) { return VI(m > V{}) ? v : V{}; });
+  } else if (e.relu) {
+    t.apply(columns, c, nothing, no_pair, [](V v, V) { return VI(v < V{}) ? V{} : v; });
+  } else {
+    const V scale = splat(e.scale);
+    t.apply(columns, c, nothing, no_pair, [=](V v, V) { return scale * v; });
+  }
+}
+
+using RowsTileFn = void (*)(const RowsProduct&, index_t, index_t);
+
+// Accumulators, a row of b and two broadcasts must fit the registers.
+constexpr int rows_most(int vectors, bool half) {
+#if defined(__AVX512F__)
+  return vectors == 2 && half ? 10 : 12;
+#else
+  return vectors + half > 1 ? 6 : 8;
+#endif
+}
+
+constexpr int kRowsTile = 12;
+
+struct RowsTiles {
+  RowsTileFn rows[kRowsTile];  // [M - 1]
+};
+
+template <int N, bool Half, bool AdjacentRows, int... M>
+constexpr RowsTiles rows_tiles(std::integer_sequence<int, M...>) {
+  return {{(M < rows_most(N, Half)
+                ? rows_tile<(M < rows_most(N, Half) ? M + 1 : 1), N, Half, AdjacentRows>
+                : nullptr)...}};
+}
+
+template <int N, bool Half, bool AdjacentRows>
+constexpr RowsTiles rows_tiles_of() {
+  if constexpr (N == 0 && !Half) return {};
+  if constexpr (Half && kRowUnit == kLanes) return {};
+  return rows_tiles<N, Half, AdjacentRows>(std::make_integer_sequence<int, kRowsTile>{});
+}
+
+// [vectors][half]
+template <bool AdjacentRows>
+constexpr RowsTiles kRowsTiles[3][2] = {
+    {rows_tiles_of<0, false, AdjacentRows>(), rows_tiles_of<0, true, AdjacentRows>()},
+    {rows_tiles_of<1, false, AdjacentRows>(), rows_tiles_of<1, true, AdjacentRows>()},
+    {rows_tiles_of<2, false, AdjacentRows>(), rows_tiles_of<2, true, AdjacentRows>()}};
+
+template <bool AdjacentRows>
+inline void rows_product(const RowsProduct& p) {
+  for (index_t column = 0; column < p.columns;) {
+    const index_t vectors = min_of<index_t>(2, (p.columns - column) / kLanes);
+    const index_t end = column + vectors * kLanes;
+    const bool half = end < p.columns && p.columns - end < kLanes;
+    const RowsTileFn* tiles = kRowsTiles<AdjacentRows>[vectors][half].rows;
+    const index_t most = rows_most(int(vectors), half);
+    const index_t count = (p.rows + most - 1) / most;
+    for (index_t t = 0, from = 0; t < count; ++t) {  // of nearly equal size
+      const index_t to = p.rows * (t + 1) / count;
+      tiles[to - from - 1](p, from, column);
+      from = to;
+    }
+    column = half ? p.columns : end;
+  }
+}
+
+}  // namespace FM_KERNELS

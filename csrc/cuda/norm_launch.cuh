@@ -1,0 +1,77 @@
+// How a pass of norm.cuh is launched: its parameters, the lanes and rows of a block, the parts of
+// the sums, and whether one launch does all.
+//
+// A block of one launch takes all rows of its channels; that is done where they are few. Else there
+// are as many parts as keep some hundred rows each, and channels are split further where a part is
+// still long, down to whole sectors of memory. Nothing of this hangs on the number of tasks or on
+// alignment: single elements instead of packs only take more threads for the same rows and
+// channels.
+#pragma once
+
+#include "cuda/norm.cuh"
+
+namespace FM_CUDA {
+
+// Parameters of a pass but for its rows, items and statistics' count.
+template <class S>
+NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
+  const LayerDesc& d = *a.desc;
+  const auto shift = [&](auto* w) { return d.has_bias && w ? w + d.bias_offset : nullptr; };
+  const auto scale = [&](auto* w) { return d.has_weight && w ? w : nullptr; };
+  NormParams<S> p{};
+  p.channels = int(d.in.channels);
+  p.relu = d.relu;
+  p.eps = d.eps;
+  p.count = double(a.samples * d.in.pixels());
+  p.first = a.x;
+  p.first_stride = a.samples * d.in.size();
+  p.scale = scale(a.w);
+  p.shift = shift(a.w);
+  p.tscale = scale(a.tw);
+  p.tshift = shift(a.tw);
+  p.w_stride = a.w_stride;
+  p.tw_stride = a.tw_stride;
+  p.saved = a.saved;
+  p.saved_stride = saved_count(d, a.samples);
+  p.partial = static_cast<double*>(exec.scratch);
+  p.partial_stride = scratch_count(d, a.samples) * index_t(sizeof(S)) / index_t(sizeof(double));
+  p.dscale = scale(dw);
+  p.dshift = shift(dw);
+  p.dw_stride = a.dw_stride;
+  return p;
+}
+
+// Runs a pass: `wide` takes packs, `narrow` single elements. `sum_rows` and `map_rows` are the rows
+// of data that are read for the summed and mapped items.
+template <class S, template <class> class Params>
+void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
+              index_t tasks, index_t sum_rows, index_t map_rows, bool packs, const Exec& exec) {
+  constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
+  constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
+  require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);
+  const index_t all = max_of(sum_rows, map_rows);
+  require(all < (index_t(1) << 31), name, ": expected fewer than 2^31 samples times pixels, got ",
+          all);
+  const bool alone = all <= kAlone;
+  p.parts = int(alone ? 1 : max_of<index_t>(1, min_of(kStatisticParts, sum_rows / kPart)));
+  int lanes = 1;
+  while (lanes < kMost && lanes * kPack<S> < p.channels) lanes *= 2;
+  while (lanes * 16 > kLineBytes && sum_rows / p.parts * lanes * 16 > kBlockBytes) lanes /= 2;
+  const int width = lanes * kPack<S>, rows = int(kNormThreads) / lanes;
+  packs = packs && p.channels % kPack<S> == 0;
+  p.lanes = packs ? lanes : width;
+  const unsigned threads = unsigned(rows * p.lanes);
+  const unsigned groups = unsigned(divide_up(p.channels, width));
+  const std::size_t found = 2 * width * sizeof(S), sums = rows * 2 * width * sizeof(double);
+  const auto go = [&](bool sum, bool map, index_t blocks) {
+    p.sums = sum;
+    p.maps = map;
+    launch_named(name, packs ? wide : narrow, dim3(unsigned(blocks), groups, unsigned(tasks)),
+                 threads, (sum ? sums : 0) + (map ? found : 0), exec, p);
+  };
+  if (alone) return go(true, true, 1);
+  go(true, false, p.parts);
+  go(false, true, p.rows.out ? divide_up(p.map_items, rows * kItems) : 1);
+}
+
+}  // namespace FM_CUDA

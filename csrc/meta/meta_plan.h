@@ -1,0 +1,116 @@
+// The plan of a meta-gradient: which way it goes, and where everything is.
+//
+// Three choices are made here, from sizes and settings alone. Small networks may be left to a
+// backend that does a whole task in one call. Activations of all inner steps are kept where they
+// fit, else those of the last step alone. A chain step goes in place where all layers that move
+// share one rate, else it takes a direction beside lambda.
+#pragma once
+
+#include "meta/layout.h"
+#include "meta/resident.h"
+
+namespace fm {
+
+// Where everything is, in elements from the start of the workspace (shared) or, for one task, of a
+// slot: see network.h for tasks that share one.
+struct MetaPlan {
+  TapePlan support, query;
+  TangentPlan tangent;
+  index_t theta0 = 0, rates = 0, lambdas = 0, rate_rows = 0, mean = 0, shared = 0;
+  std::vector<index_t> thetas, gradients, tapes;  // thetas[k] for k >= 1
+  index_t own_theta0 = 0, gradient = 0, direction = 0, rate_row = 0, support_x = 0, query_x = 0,
+          late = 0, scratch = 0, slot = 0;
+  index_t slots = 0;
+  bool kept = false;
+  ResidentSizes resident;  // with a slot if the backend does a whole task in one call
+  index_t resident_theta = 0;
+};
+
+// Per layer: none of its parameters is adapted.
+template <class S>
+std::vector<std::uint8_t> still_layers(const MetaCall<S>& call) {
+  std::vector<std::uint8_t> still;
+  for (const LayerDesc& d : call.program->layers()) {
+    bool any = false;
+    for (index_t i = 0; i < d.segments(); ++i) any |= call.rates.adapted[d.segment + i] != 0;
+    still.push_back(!any);
+  }
+  return still;
+}
+
+// Whether a chain step needs no direction beside lambda.
+template <class S>
+bool moves_in_place(const MetaCall<S>& call) {
+  return has_one_rate(call) &&
+         chunk_of(*call.program, *call.backend, call.support.count) == call.support.count;
+}
+
+template <class S>
+void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
+  const Program& program = *call.program;
+  const index_t P = program.param_count(), R = RateTable<S>::size(program, call.rates);
+  Arena shared;
+  plan.theta0 = shared.take(call.params.per_task ? 0 : P);
+  plan.rates = shared.take(R);
+  plan.lambdas = shared.take(call.tasks * P);
+  plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
+  plan.mean = shared.take(max_of(P, R));
+  plan.resident_theta = shared.take(plan.resident.shared);
+  plan.shared = shared.size();
+}
+
+template <class S>
+index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
+  const Program& program = *call.program;
+  const index_t P = program.param_count(), K = call.steps;
+  Arena slot;
+  plan.own_theta0 = slot.take(call.params.per_task ? P : 0);
+  plan.thetas.assign(K + 1, 0);
+  for (index_t k = 1; k <= K; ++k) plan.thetas[k] = slot.take(P);
+  plan.gradient = slot.take(call.rates.layout == RateLayout::per_parameter ? P : 0);
+  plan.gradients.assign(K, plan.gradient);
+  if (call.rate_gradient) {
+    for (index_t k = 0; k < K; ++k) plan.gradients[k] = slot.take(P);
+    plan.rate_row = slot.take(RateTable<S>::width(program, call.rates));
+  }
+  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : P);
+  plan.support_x = slot.take(staging_size(program, call.support));
+  plan.query_x = slot.take(staging_size(program, call.query));
+  plan.tapes.assign(K, 0);
+  for (index_t k = 0; k < K; ++k) {
+    plan.tapes[k] = k < tapes ? slot.take(plan.support.size) : plan.tapes[0];
+  }
+  // the query's tape and the tangents are never alive together
+  plan.late = slot.take(max_of(plan.query.size, call.first_order ? 0 : plan.tangent.size));
+  const index_t most = max_of(call.support.count, call.query.count);
+  plan.scratch = slot.take(plan_scratch(program, chunk_of(program, *call.backend, most)));
+  return slot.size();
+}
+
+template <class S>
+MetaPlan make_plan(const MetaCall<S>& call) {
+  const Program& program = *call.program;
+  MetaPlan plan;
+  plan.slots = call.slots;
+  plan.resident = plan_resident(call);
+  if (plan.resident.slot > 0) {
+    plan_shared(call, plan);
+    plan.kept = !call.first_order && call.steps > 0;
+    plan.slot = align_up(plan.resident.slot, kAlignment);
+    plan.support.size = plan.resident.tape;
+    return plan;
+  }
+  plan.support = plan_tape(program, call.support.count, call.first_order);
+  plan.query = plan_tape(program, chunk_of(program, *call.backend, call.query.count), true);
+  plan.tangent = plan_tangent(program, chunk_of(program, *call.backend, call.support.count));
+  plan_shared(call, plan);
+  const index_t works = plan.slots * call.together();
+  const index_t kept_bytes = works * call.steps * plan.support.size * index_t(sizeof(S));
+  plan.kept = !call.first_order && call.steps > 0 &&
+              (call.memory == Memory::keep ||
+               (call.memory == Memory::automatic && kept_bytes <= kKeepBytes));
+  plan.slot = plan_slot(call, plan.kept ? call.steps : min_of<index_t>(call.steps, 1), plan);
+  return plan;
+}
+
+}  // namespace fm

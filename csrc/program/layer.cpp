@@ -1,0 +1,42 @@
+// What a layer keeps from pass to pass, and the scratch memory of a pass: both per task.
+#include "program/layer.h"
+
+namespace fm {
+
+// Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
+// pooling the winning tap of every output (as an integer of the scalar's width), both fused the
+// winner's x and tx.
+index_t saved_count(const LayerDesc& d, index_t samples) {
+  if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
+  if (d.kind == LayerKind::batch_norm_pool) {
+    return align_up(6 * d.in.channels, 16) + 2 * samples * d.out.size();
+  }
+  if (d.kind == LayerKind::layer_norm) return 6 * samples;
+  if (d.kind == LayerKind::max_pool) return samples * d.out.size();
+  return 0;
+}
+
+// 64 tiles of 64 x 64 weights, so that four tasks have 256 for the 132 multiprocessors of a large
+// GPU; but no part of less than 512 pixels, and at most 2^18 elements in all.
+index_t gradient_parts(const LayerDesc& d, index_t samples) {
+  const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
+  const index_t tiles = ((inputs + 63) / 64) * ((d.out.channels + 63) / 64);
+  const index_t useful = samples * d.out.pixels() / 512;
+  const index_t room = (index_t(1) << 18) / max_of<index_t>(1, d.param_count);
+  return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
+}
+
+// Scratch: the transposed weights and their tangents, or the parts of a weight gradient; two rows
+// of batch norm's coefficients, and two rows of sums a part, in double, which may take two elements
+// each.
+index_t scratch_count(const LayerDesc& d, index_t samples) {
+  if (d.kind == LayerKind::bilinear) {
+    return max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count;
+  }
+  if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
+    return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
+  }
+  return 0;
+}
+
+}  // namespace fm

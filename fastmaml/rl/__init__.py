@@ -1,0 +1,1 @@
+"""Meta-reinforcement learning: environments, rollouts, policies and meta-updates."""
