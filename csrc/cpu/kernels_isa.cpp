@@ -56,13 +56,11 @@ namespace FM_KERNELS {
 // A backend pass takes T tasks; the kernels above take one.
 template <void (*Pass)(const LayerArgs<S>&, const Exec&)>
 void each_task(const LayerArgs<S>& args, const Exec& exec) {
-  if (args.tasks == 1) return Pass(args, exec);  // without a copy: small layers take less than that
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t), exec);
 }
 
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
 void each_task(const LossArgs<S>& args, const Exec& exec) {
-  if (args.tasks == 1) return Pass(args, exec);
   const index_t element = Kind == LossKind::cross_entropy ? sizeof(std::int64_t) : sizeof(S);
   const index_t target = loss_target_size(Kind, args.outputs) * element;
   for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t, target), exec);

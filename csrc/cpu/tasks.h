@@ -25,6 +25,7 @@ FM_INLINE P* advance(P* pointer, index_t elements) {
 // The arguments of one task out of those of T.
 template <class S>
 FM_INLINE LayerArgs<S> task_args(const LayerArgs<S>& args, index_t t) {
+  if (args.tasks == 1) return args;
   const index_t in = t * args.samples * args.desc->in.size();
   const index_t out = t * args.samples * args.desc->out.size();
   LayerArgs<S> one = args;
@@ -48,6 +49,7 @@ FM_INLINE LayerArgs<S> task_args(const LayerArgs<S>& args, index_t t) {
 
 template <class S>
 FM_INLINE LossArgs<S> task_args(const LossArgs<S>& args, index_t t, index_t target_bytes) {
+  if (args.tasks == 1) return args;
   const index_t out = t * args.samples * args.outputs;
   LossArgs<S> one = args;
   one.tasks = 1;
