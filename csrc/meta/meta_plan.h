@@ -82,7 +82,8 @@ index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
   }
   // the query's tape and the tangents are never alive together
   plan.late = slot.take(max_of(plan.query.size, call.first_order ? 0 : plan.tangent.size));
-  plan.scratch = slot.take(plan_scratch(program, max_of(call.support.count, call.query.count)));
+  const index_t most = max_of(call.support.count, call.query.count);
+  plan.scratch = slot.take(plan_scratch(program, chunk_of(program, *call.backend, most)));
   return slot.size();
 }
 
