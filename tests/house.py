@@ -28,6 +28,7 @@ MAY_INCLUDE = {
     "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
     "emulation": {"common", "math", "program", "cuda"},  # kernels of tests/emulation/
+    "portable": {"common", "math", "program", "meta", "cpu"},  # tests/portable/
 }
 HOSTS = {"github.com", "raw.githubusercontent.com", "arxiv.org", "pytorch.org"}
 LOOPBACK = {"127.0.0.1", "localhost"}
