@@ -1,7 +1,7 @@
 """The portable kernels on another processor: AArch64 with NEON, under QEMU.
 
-One small program prints meta-gradients; built for this processor and for AArch64, it
-must print the same numbers up to rounding. Needs a cross compiler and QEMU's user
+One small program writes meta-gradients; built for this processor and for AArch64, it
+must write the same numbers up to rounding. Needs a cross compiler and QEMU's user
 emulation (Debian: g++-aarch64-linux-gnu, qemu-user); skipped where they are missing.
 """
 
@@ -22,7 +22,7 @@ FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-pthread
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
-def _printed(compiler: str, folder: Path, *run: str) -> dict[str, torch.Tensor]:
+def _written(compiler: str, folder: Path, *run: str) -> dict[str, torch.Tensor]:
     """Builds engine and program, portable kernels alone; what the program prints."""
     folder.mkdir()
     sources = [PROGRAM, *(ROOT / "csrc" / "cpu").glob("[!k]*.cpp")]
@@ -40,11 +40,10 @@ def _printed(compiler: str, folder: Path, *run: str) -> dict[str, torch.Tensor]:
         subprocess.run([*common, *names, "-c", kernels, "-o", objects[-1]], check=True)
     program = folder / "meta_gradients"
     subprocess.run([*common, "-static", *sources, *objects, "-o", program], check=True)
-    done = subprocess.run(
-        [*run, program], check=True, capture_output=True, text=True, timeout=300
-    )
+    written = folder / "written"
+    subprocess.run([*run, program, written], check=True, timeout=300)
     values: dict[str, list[float]] = {}
-    for line in done.stdout.splitlines():
+    for line in written.read_text().splitlines():
         name, value = re.fullmatch(r"(.*) (\S+)", line).groups()  # type: ignore[union-attr]
         values.setdefault(name, []).append(float(value))
     return {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
@@ -55,8 +54,8 @@ def _printed(compiler: str, folder: Path, *run: str) -> dict[str, torch.Tensor]:
     reason=f"needs g++, {CROSS} and {EMULATOR}",
 )
 def test_aarch64_computes_the_same_meta_gradients(tmp_path: Path) -> None:
-    here = _printed("g++", tmp_path / "here")
-    there = _printed(CROSS, tmp_path / "there", EMULATOR)
+    here = _written("g++", tmp_path / "here")
+    there = _written(CROSS, tmp_path / "there", EMULATOR)
     assert here.keys() == there.keys() and len(here) == 8
     for name, want in here.items():
         assert want.isfinite().all() and want.abs().max() > 1e-3

@@ -1,7 +1,8 @@
-// Second-order meta-gradients of two small networks, printed number by number:
-// tests/test_portable.py compares what builds for different processors print. Inputs are made of
-// integers alone, so that every processor starts from the same bits.
-#include <cstdio>
+// Second-order meta-gradients of two small networks, written number by number to the file that the
+// argument names: tests/test_portable.py compares what builds for different processors write.
+// Inputs are made of integers alone, so that every processor starts from the same bits.
+#include <fstream>
+#include <iomanip>
 #include <vector>
 
 #include "cpu/backend_cpu.h"
@@ -48,7 +49,7 @@ std::vector<fm::LayerSpec> dense() {
 }
 
 template <class S>
-void print(const char* name, const fm::Program& program, index_t inputs) {
+void write(std::ofstream& out, const char* name, const fm::Program& program, index_t inputs) {
   Numbers numbers;
   const auto draw = [&](index_t n, double scale) {
     std::vector<S> values;
@@ -88,20 +89,22 @@ void print(const char* name, const fm::Program& program, index_t inputs) {
   const fm::CallPlan plan = fm::plan_meta_gradient(call);
   std::vector<char> memory(plan.bytes + 64);
   void* workspace = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64);
-  std::printf("%s loss %.17g\n", name, fm::meta_gradient(call, workspace));
+  out << name << " loss " << fm::meta_gradient(call, workspace) << "\n";
   for (const auto& g : gradients) {
-    for (S value : g) std::printf("%s gradient %.17g\n", name, double(value));
+    for (S value : g) out << name << " gradient " << double(value) << "\n";
   }
 }
 
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  std::ofstream out(arguments[1]);
+  out << std::setprecision(17);
   fm::cpu::set_num_threads(2);
   const fm::Program images({3, 6, 6}, convolutional(), {"cross_entropy", "mean"});
   const fm::Program vectors({3}, dense(), {"mse", "mean"});
-  print<double>("convolutional float64", images, 3 * 6 * 6);
-  print<float>("convolutional float32", images, 3 * 6 * 6);
-  print<double>("dense float64", vectors, 3);
-  print<float>("dense float32", vectors, 3);
+  write<double>(out, "convolutional float64", images, 3 * 6 * 6);
+  write<float>(out, "convolutional float32", images, 3 * 6 * 6);
+  write<double>(out, "dense float64", vectors, 3);
+  write<float>(out, "dense float32", vectors, 3);
 }
