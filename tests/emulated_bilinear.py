@@ -46,13 +46,15 @@ class _Call(ctypes.Structure):
     )
 
 
-def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDLL:
-    """Compiles the kernels in ``source`` and the driver, two files at a time."""
+def compile_driver(
+    name: str, kernels: Iterable[Path], folder: Path, *flags: str, source: Path
+) -> ctypes.CDLL:
+    """Compiles kernels and the driver tests/emulation/``name``.cpp, two at a time."""
     sources = [
-        *sorted((source / "cuda").glob("bilinear*.cu")),
+        *kernels,
         *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
         *(source / "program").glob("*.cpp"),
-        ROOT / "tests" / "emulation" / "bilinear.cpp",
+        ROOT / "tests" / "emulation" / f"{name}.cpp",
     ]
 
     def compile_one(path: Path) -> Path:
@@ -64,10 +66,16 @@ def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDL
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "bilinear.so"
+    library = folder / f"{name}.so"
     command = ["g++", "-shared", *flags, *map(str, objects), "-o", str(library)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDLL:
+    """The driver of bilinear layers, with the kernels in ``source``."""
+    kernels = sorted((source / "cuda").glob("bilinear*.cu"))
+    return compile_driver("bilinear", kernels, folder, *flags, source=source)
 
 
 # -- memory ----------------------------------------------------------------------------

@@ -7,15 +7,13 @@ array lies in NaN, so that what is read outside of it shows, and writes are foun
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from emulated_bilinear import PASSES, ROOT
+from emulated_bilinear import PASSES, ROOT, compile_driver
 from emulated_bilinear import Memory as NanMemory
 from torch import Tensor
 
@@ -122,27 +120,9 @@ def pointers(tensors: list[Tensor | None]) -> Any:
 
 
 def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> Driver:
-    """Compiles the kernels in ``source`` and the driver, two files at a time."""
-    sources = [
-        *(source / "cuda" / f"{name}.cu" for name in KERNELS),
-        *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
-        *(source / "program").glob("*.cpp"),
-        ROOT / "tests" / "emulation" / "layers.cpp",
-    ]
-
-    def compile_one(path: Path) -> Path:
-        target = folder / f"{path.parent.name}_{path.stem}.o"
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-Wno-psabi", *flags]
-        command += ["-Wno-unknown-pragmas", f"-I{source}", "-x", "c++", "-c", str(path)]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return target
-
-    library = folder / "layers.so"
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    command = ["g++", "-shared", *flags, *map(str, objects), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return Driver(ctypes.CDLL(str(library)))
+    """The driver of layers and operations, with the kernels in ``source``."""
+    kernels = [source / "cuda" / f"{name}.cu" for name in KERNELS]
+    return Driver(compile_driver("layers", kernels, folder, *flags, source=source))
 
 
 # -- layers ----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fastmaml.train.checkpoint import (
     LAST,
     Checkpoint,
     CheckpointError,
-    load_checkpoint,
+    open_run,
     plain_settings,
     save_checkpoint,
 )
@@ -149,24 +149,9 @@ class _Run:
 
     def begin(self, resume: bool, iterations: int) -> None:
         """Goes on where the run in the folder has stopped, if asked to."""
-        if self.run_dir is None:
-            if resume:
-                raise ValueError("resume=True needs the run_dir to go on from")
-            return
-        last = self.run_dir / LAST
-        if resume and last.is_file():
-            self._restore(load_checkpoint(last))
-            if self.iteration > iterations:
-                raise ValueError(
-                    f"{last} is at iteration {self.iteration}, past iterations="
-                    f"{iterations}: ask for more, or start another run"
-                )
-        elif not resume and last.exists():
-            raise ValueError(
-                f"run_dir {self.run_dir} already holds a run: pass resume=True to go "
-                "on with it, or choose another folder"
-            )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        found = open_run(self.run_dir, resume, iterations)
+        if found is not None:
+            self._restore(found)
 
     def loop(
         self, iterations: int, meta_batch: int, save_every: int, stop: StopSignals

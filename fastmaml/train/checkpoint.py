@@ -243,3 +243,47 @@ def plain_settings(settings: Any) -> dict[str, Any]:
     """Settings as a dictionary of plain types; takes a dataclass or a mapping."""
     raw = dict(settings) if isinstance(settings, dict) else asdict(settings)
     return {k: str(v) if isinstance(v, Path) else v for k, v in raw.items()}
+
+
+def open_run(
+    run_dir: Path | None,
+    resume: bool,
+    iterations: int,
+    device: torch.device | str = "cpu",
+) -> Checkpoint | None:
+    """Makes a run's folder, and finds where the run in it has stopped.
+
+    Args:
+        run_dir: the folder; ``None`` writes nothing.
+        resume: go on with a run that may be there.
+        iterations: of the whole run.
+        device: where the checkpoint's tensors go.
+
+    Returns:
+        The checkpoint to go on from, ``None`` to begin anew.
+
+    Raises:
+        CheckpointError: ``last.pt`` can't be read.
+        ValueError: there is no folder to resume from, it holds a run though ``resume``
+            is false, or that run is past ``iterations``.
+    """
+    if run_dir is None:
+        if resume:
+            raise ValueError("resume=True needs the run_dir to go on from")
+        return None
+    last = run_dir / LAST
+    found = None
+    if resume and last.is_file():
+        found = load_checkpoint(last, device)
+        if found.iteration > iterations:
+            raise ValueError(
+                f"{last} is at iteration {found.iteration}, past iterations="
+                f"{iterations}: ask for more, or start another run"
+            )
+    elif not resume and last.exists():
+        raise ValueError(
+            f"run_dir {run_dir} already holds a run: pass resume=True to go "
+            "on with it, or choose another folder"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return found

@@ -27,8 +27,8 @@ from fastmaml.train.checkpoint import (
     LAST,
     Checkpoint,
     CheckpointError,
-    load_checkpoint,
     non_finite,
+    open_run,
     plain_settings,
     random_state,
     save_checkpoint,
@@ -218,24 +218,9 @@ class _Trainer:
         return self._result(iterations, stop.requested)
 
     def _begin(self, resume: bool, iterations: int) -> None:
-        if self.run_dir is None:
-            if resume:
-                raise ValueError("resume=True needs the run_dir to go on from")
-            return
-        last = self.run_dir / LAST
-        if resume and last.is_file():
-            self._restore(load_checkpoint(last, self.parameters[0].device))
-            if self.iteration > iterations:
-                raise ValueError(
-                    f"{last} is at iteration {self.iteration}, past iterations="
-                    f"{iterations}: ask for more, or start another run"
-                )
-        elif not resume and last.exists():
-            raise ValueError(
-                f"run_dir {self.run_dir} already holds a run: pass resume=True to go "
-                "on with it, or choose another folder"
-            )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        found = open_run(self.run_dir, resume, iterations, self.parameters[0].device)
+        if found is not None:
+            self._restore(found)
 
     def _run(self, iterations: int, meta_batch: int, stop: StopSignals) -> None:
         sample, backward = self.tasks.sample, self.learner.backward
