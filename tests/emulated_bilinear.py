@@ -7,17 +7,15 @@ array lies in NaN, so that what is read outside of it shows, and writes are foun
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from emulated_build import ROOT, compile_driver
 from torch import Tensor
 from torch.nn import functional, grad
 
-ROOT = Path(__file__).resolve().parents[1]
 PASSES = ("forward", "backward", "tangent_forward", "tangent_backward")
 OUTPUTS = (("y",), ("dx", "dw"), ("ty",), ("tdx", "tdw"))
 ARITHMETIC = ("scalar", "split_tf32", "tf32", "bfloat16")
@@ -44,32 +42,6 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("weight_scale", "bias_scale")),
         *((n, ctypes.c_void_p) for n in ("weight_rate", "bias_rate", "scratch")),
     )
-
-
-def compile_driver(
-    name: str, kernels: Iterable[Path], folder: Path, *flags: str, source: Path
-) -> ctypes.CDLL:
-    """Compiles kernels and the driver tests/emulation/``name``.cpp, two at a time."""
-    sources = [
-        *kernels,
-        *(source / "cuda" / f"{n}.cpp" for n in ("host_emulation", "fiber", "machine")),
-        *(source / "program").glob("*.cpp"),
-        ROOT / "tests" / "emulation" / f"{name}.cpp",
-    ]
-
-    def compile_one(path: Path) -> Path:
-        target = folder / f"{path.parent.name}_{path.stem}.o"
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-Wno-psabi", *flags]
-        command += ["-Wno-unknown-pragmas", f"-I{source}", "-x", "c++", "-c", str(path)]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = folder / f"{name}.so"
-    command = ["g++", "-shared", *flags, *map(str, objects), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
 
 
 def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> ctypes.CDLL:

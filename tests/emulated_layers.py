@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulated_bilinear import PASSES, ROOT, compile_driver
+from emulated_bilinear import PASSES
 from emulated_bilinear import Memory as NanMemory
+from emulated_build import ROOT, compile_driver
 from torch import Tensor
 
 KERNELS = ("elementwise", "batch_norm", "batch_norm_pool", "layer_norm", "pool")
