@@ -41,8 +41,13 @@ def usable(names: list[str] = NAMES) -> list[Any]:
 @pytest.fixture(scope="module", params=usable())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Makes `current` each of the backends in turn."""
+    yield from turn_of(request.param)
+
+
+def turn_of(name: str) -> Iterator[str]:
+    """Makes a backend `current`, for a module's own fixture."""
     global _current
-    _current = request.param
+    _current = name
     yield _current
     _current = "cpu"
 

@@ -1,7 +1,8 @@
-"""Small networks, whose tasks the CPU does in one piece, against both other ways."""
+"""Small networks, whose tasks are done in one piece, against both other ways."""
 
 from __future__ import annotations
 
+import backends
 import oracles
 import pytest
 import torch
@@ -20,7 +21,7 @@ from native_cases import (
     threads,
 )
 from problem import Problem
-from torch import nn
+from resident_problems import CLASSES, NOT, ONE_OUTPUT_FIRST, RESIDENT, SINUSOID
 
 from fastmaml import _native
 from fastmaml.engines import Rates
@@ -30,90 +31,24 @@ both_dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")
 )
 
-
-class Twice(nn.Sequential):
-    """Two activations in a row."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Tanh(), nn.Sigmoid())
-
-
-def chain(*widths: int, activation=nn.ReLU, bias: bool = True, end=None):
-    """Builds linear layers with an activation between each two, and maybe a last."""
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(a, b, bias=bias), activation()]
-        return nn.Sequential(*layers[:-1], *([end()] if end else []))
-
-    return build
-
-
-def regression(name: str, *widths: int, samples: int = 10, **options) -> Problem:
-    build = chain(*widths, **options)
-    return Problem(name, build, widths[:1], widths[-1], samples=samples)
-
-
-def classes(name: str, *widths: int, samples: int = 5, **options) -> Problem:
-    return Problem(
-        name,
-        chain(*widths, **options),
-        widths[:1],
-        widths[-1],
-        loss="cross_entropy",
-        samples=samples,
-    )
-
-
-# widths and samples around the vectors, half vectors and tiles of every instruction set
-RESIDENT = [
-    regression("sinusoid", 1, 40, 40, 1),
-    regression("one-layer", 3, 7),
-    regression("no-bias", 2, 17, 9, 1, bias=False),
-    regression("one-in-between", 3, 12, 1, 5, samples=3),
-    regression("one-twice", 3, 33, 1, 1, samples=3),
-    regression("whole-vectors", 16, 32, 64, 16, samples=12),
-    regression("many-samples", 2, 24, 1, samples=67),
-    regression("one-sample", 4, 41, 11, 2, samples=1),
-    regression("deep", 3, 9, 8, 7, 6, 5, 4, 3, 2),
-    classes("classes", 12, 31, 5),
-    classes("classes-tanh", 12, 23, 13, 3, activation=nn.Tanh),
-    regression("squashed-end", 2, 15, 6, end=nn.Sigmoid),
-    regression("relu-end", 2, 15, 6, end=nn.ReLU),
-    *(
-        regression(kind.__name__, 2, 21, 18, 1, activation=kind, samples=7)
-        for kind in (
-            nn.Tanh,
-            nn.Sigmoid,
-            nn.SiLU,
-            nn.GELU,
-            nn.LeakyReLU,
-            nn.ELU,
-            nn.Softplus,
-        )
-    ),
-    regression(
-        "gelu-tanh", 2, 21, 1, activation=lambda: nn.GELU(approximate="tanh"), samples=7
-    ),
-]
 every = pytest.mark.parametrize("problem", RESIDENT, ids=str)
-SINUSOID, CLASSES = RESIDENT[0], RESIDENT[10]
 few = pytest.mark.parametrize("problem", [SINUSOID, CLASSES], ids=str)
 
-NOT = [
-    regression("too-deep", *[3] * 10),
-    regression("one-output-first", 3, 1, 4),
-    regression("wide", 400, 400, 3),
-    regression("two-activations", 3, 4, 2, activation=Twice),
-    Problem(
-        "image",
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(12, 2)),
-        (1, 3, 3),
-        2,
-    ),
-    regression("normed", 3, 8, 2, activation=lambda: nn.LayerNorm(8)),
-]
+
+@pytest.fixture(
+    scope="module",
+    autouse=True,
+    params=backends.usable(["cpu", "cuda_emulated", "cuda"]),
+)
+def backend(request):
+    yield from backends.turn_of(request.param)
+
+
+def needs_room(problem: Problem, steps: int, dtype: torch.dtype) -> None:
+    """Skips what is too large for a block's shared memory."""
+    large = problem.name == "whole-vectors" and dtype == torch.float64 and steps > 1
+    if large and backends.current() != "cpu":
+        pytest.skip("more than a block's shared memory")
 
 
 def run(
@@ -158,6 +93,7 @@ def check(c: Case, dtype=torch.float64, rates: Rates | None = None, **options) -
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @every
 def test_agrees_with_the_unrolled_loop_and_with_layers(problem, steps, dtype):
+    needs_room(problem, steps, dtype)
     check(case(problem, 3), dtype, steps=steps)
 
 
@@ -165,6 +101,7 @@ def test_agrees_with_the_unrolled_loop_and_with_layers(problem, steps, dtype):
 @both_dtypes
 @every
 def test_on_every_instruction_set(problem, dtype, isa):
+    backends.cpu_alone()
     with instruction_set(isa):
         check(case(problem, 3), dtype)
 
@@ -199,6 +136,7 @@ def test_subsets_of_tensors_adapt(adapted):
 @both_dtypes
 @few
 def test_same_bits_on_any_threads(problem, dtype):
+    backends.cpu_alone()
     c = case(problem, 13)
     results = []
     for count in (1, 2, 3, 4, 2):
@@ -233,6 +171,7 @@ def test_tasks_keep_their_bits_in_any_order(problem):
 @both_dtypes
 @every
 def test_reads_nothing_from_the_workspace(problem, dtype, monkeypatch):
+    needs_room(problem, 2, dtype)
     c = case(problem, 3)
     results = []
     for byte in (0, 255):  # 255 makes NaN
@@ -260,6 +199,10 @@ def test_other_networks_go_layer_by_layer(problem):
     assert not run(case(problem))[1]
 
 
+def test_one_output_first_is_not_for_the_cpu():
+    assert run(case(ONE_OUTPUT_FIRST))[1] == (backends.current() != "cpu")
+
+
 @pytest.mark.parametrize(
     "options",
     [{"memory": "keep"}, {"memory": "recompute"}, {"rate_gradient": True}],
@@ -279,6 +222,7 @@ def test_rates_and_parameters_of_their_own_go_layer_by_layer():
 
 
 def test_labels_out_of_range_are_refused():
+    backends.cpu_alone()
     c = case(CLASSES)
     t = c.tasks
     bad = TaskBatch(t.support_x, t.support_y + 3, t.query_x, t.query_y)

@@ -124,7 +124,7 @@ constexpr Backend<S> table() {
       {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
        gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},
-      {resident_plan, resident_share, resident_task},
+      {resident_plan, resident_share, resident_task, nullptr},
       false,
       true,
       false,

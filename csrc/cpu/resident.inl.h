@@ -360,7 +360,7 @@ struct SharedRoom {
 inline ResidentSizes resident_plan(const ResidentCall<S>& call) {
   Residence at;
   if (!at.plan(call)) return {};
-  return {SharedRoom(call.tasks).params + at.params, at.slot, at.tape};
+  return {true, SharedRoom(call.tasks).params + at.params, at.slot, at.tape};
 }
 
 inline void resident_share(const ResidentCall<S>& call, const S* theta, S* shared) {

@@ -58,7 +58,7 @@ Backend<S> table() {
        {categorical_kl_value<S>, categorical_kl_hessian<S>}},
       vector_ops<S>(),
       optimizer_ops<S>(),
-      {},
+      resident_ops<S>(),
       true,
       kHostMemory,
       true,

@@ -85,6 +85,8 @@ void check_launch(const Launch& call) {
   }
 }
 
+std::size_t shared_memory_of_a_block() { return kLargestShared; }
+
 void wait_for_block(Place place) { machine->wait(State::block, place); }
 
 void wait_for_warp(Place place) { machine->wait(State::warp, place); }

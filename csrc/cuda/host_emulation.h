@@ -93,6 +93,8 @@ struct Launch {
 };
 void run_launch(const Launch& call);
 
+std::size_t shared_memory_of_a_block();  // bytes, at most
+
 template <class Params>
 void launch_named(const char* text, void (*kernel)(Params), dim3 grid, unsigned block,
                   std::size_t shared_bytes, const Exec&, const std::common_type_t<Params>& params) {

@@ -59,5 +59,7 @@ template <class S>
 VectorOps<S> vector_ops();  // vector_ops.cu
 template <class S>
 OptimizerOps<S> optimizer_ops();  // optimizer.cu
+template <class S>
+ResidentOps<S> resident_ops();  // task_resident.cu
 
 }  // namespace FM_CUDA

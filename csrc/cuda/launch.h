@@ -88,6 +88,15 @@ inline void check_cuda(cudaError_t status, const char* text, const char* doing) 
        foreign ? "; rebuild with this GPU's compute capability in FASTMAML_CUDA_ARCHS" : "");
 }
 
+// What a block may ask for on the current device, in bytes.
+inline std::size_t shared_memory_of_a_block() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "shared memory", "asking for the device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory", "asking for its size");
+  return std::size_t(bytes);
+}
+
 constexpr std::size_t kSharedWithoutAsking = 48 << 10;
 
 template <class Params>

@@ -1,4 +1,4 @@
-// Losses: formulas of one sample in math/loss.h and math/policy.h.
+// Losses: one sample in sample_loss.cuh.
 //
 // The value of a task is a sum in double over its samples: a block takes a task, a thread every
 // 256th sample, then the block adds up in fixed order. Hessian products need no sum, so a thread
@@ -6,14 +6,11 @@
 // Labels are in device memory, where nobody has checked them. One out of range reads nothing: the
 // sample's dz and tdz are NaN, the task's value is NaN and its accuracy -1, which no labels in
 // range give.
-#include <cmath>
-
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
 #include "cuda/reduce.cuh"
-#include "math/loss.h"
-#include "math/policy.h"
+#include "cuda/sample_loss.cuh"
 
 namespace FM_CUDA {
 namespace {
@@ -27,82 +24,6 @@ struct LossParams {
   index_t value_stride;
   S scale;
   int tasks, samples, outputs;
-};
-
-template <class S>
-FM_DEVICE S not_a_number() {
-  return S(NAN);
-}
-
-struct SampleLoss {
-  double value;
-  bool hit;
-};
-
-struct SquaredError {
-  static constexpr bool kAccuracy = false;
-  template <class S>
-  static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    const S* y = static_cast<const S*>(p.target) + n * p.outputs;
-    return {math::squared_error(z, y, p.outputs, p.scale, dz), false};
-  }
-  template <class S>
-  static FM_DEVICE void hessian(const LossParams<S>& p, index_t, const S*, const S* tz, S* tdz) {
-    for (int o = 0; o < p.outputs; ++o) tdz[o] = S(2) * p.scale * tz[o];
-  }
-};
-
-struct CrossEntropy {
-  static constexpr bool kAccuracy = true;
-  template <class S>
-  static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    const index_t label = index_t(static_cast<const std::int64_t*>(p.target)[n]);
-    if (label < 0 || label >= p.outputs) {
-      for (int o = 0; dz && o < p.outputs; ++o) dz[o] = not_a_number<S>();
-      return {not_a_number<double>(), false};
-    }
-    bool correct = false;
-    const double value = math::cross_entropy(z, label, p.outputs, p.scale, dz, &correct);
-    return {value, correct};
-  }
-  template <class S>
-  static FM_DEVICE void hessian(const LossParams<S>& p, index_t n, const S* z, const S* tz,
-                                S* tdz) {
-    math::cross_entropy_hessian(z, tz, p.outputs, p.scale, tdz);
-  }
-};
-
-// Of math/policy.h; an action that is no output's number makes its sample NaN.
-template <class Loss>
-struct Policy {
-  static constexpr bool kAccuracy = false;
-  template <class S>
-  static FM_DEVICE const S* target_of(const LossParams<S>& p, index_t n) {
-    return static_cast<const S*>(p.target) + n * Loss::target_size(p.outputs);
-  }
-  template <class S>
-  static FM_DEVICE bool lost(const LossParams<S>& p, const S* target) {
-    return Loss::kIndexed && !(*target >= S(0) && *target < S(p.outputs));
-  }
-  template <class S>
-  static FM_DEVICE SampleLoss value(const LossParams<S>& p, index_t n, const S* z, S* dz) {
-    const S* target = target_of(p, n);
-    if (lost(p, target)) {
-      for (int o = 0; dz && o < p.outputs; ++o) dz[o] = not_a_number<S>();
-      return {not_a_number<double>(), false};
-    }
-    return {Loss::value(z, target, p.outputs, p.scale, dz), false};
-  }
-  template <class S>
-  static FM_DEVICE void hessian(const LossParams<S>& p, index_t n, const S* z, const S* tz,
-                                S* tdz) {
-    const S* target = target_of(p, n);
-    if (lost(p, target)) {
-      for (int o = 0; o < p.outputs; ++o) tdz[o] = not_a_number<S>();
-      return;
-    }
-    Loss::hessian(z, target, tz, p.outputs, p.scale, tdz);
-  }
 };
 
 template <class S, class Loss>

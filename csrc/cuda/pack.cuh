@@ -12,11 +12,18 @@
 #include "common/types.h"
 #include "cuda/launch.h"
 
-// For loops over memory whose length is not known: four accesses in flight.
+// For loops whose length is not known: so many accesses in flight, or as little code as there may
+// be.
 #if defined(__CUDACC__)
+#define FM_UNROLL_BY_TWO _Pragma("unroll 2")
 #define FM_UNROLL_BY_FOUR _Pragma("unroll 4")
+#define FM_UNROLL_BY_EIGHT _Pragma("unroll 8")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 #else
+#define FM_UNROLL_BY_TWO
 #define FM_UNROLL_BY_FOUR
+#define FM_UNROLL_BY_EIGHT
+#define FM_NO_UNROLL
 #endif
 
 // At the end of a layer's file: its four passes, for a scalar.

@@ -36,11 +36,12 @@ class MetaGradient {
         in_place_(moves_in_place(call)) {}
 
   void run() {
+    if (plan_.resident.taken && backend_.lockstep) return run_resident_together();
     rates_.load();
     if (!call_.params.per_task) {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
-    if (plan_.resident.slot > 0) return run_resident();
+    if (plan_.resident.taken) return run_resident();
     backend_.for_each_task(
         call_.tasks, plan_.slots, call_.exec,
         [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
@@ -56,6 +57,25 @@ class MetaGradient {
   }
 
  private:
+  void run_resident_together() {
+    resident_ = resident_call(call_);
+    resident_.lambdas = shared_ + plan_.lambdas;
+    const Rates<S>& rates = call_.rates;
+    const std::uint8_t* adapted = rates.adapted_there ? rates.adapted_there : rates.adapted.data();
+    const ResidentBatch<S> batch{call_.params.tensors.data(),
+                                 call_.gradients.tensors.data(),
+                                 rates.values,
+                                 rates.layout == RateLayout::per_tensor,
+                                 adapted,
+                                 call_.support.x,
+                                 call_.query.x,
+                                 call_.support.y,
+                                 call_.query.y,
+                                 call_.query_loss,
+                                 call_.query_accuracy};
+    backend_.resident.all(resident_, batch, call_.exec);
+  }
+
   void run_resident() {
     resident_ = resident_call(call_);
     resident_.rates = rates_.at(0).per_segment;
@@ -256,7 +276,7 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.tape_bytes = call.together() * plan.support.size * size;
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
-  result.resident = plan.resident.slot > 0;
+  result.resident = plan.resident.taken;
   return result;
 }
 

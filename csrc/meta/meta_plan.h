@@ -22,7 +22,7 @@ struct MetaPlan {
           late = 0, scratch = 0, slot = 0;
   index_t slots = 0;
   bool kept = false;
-  ResidentSizes resident;  // with a slot if the backend does a whole task in one call
+  ResidentSizes resident;
   index_t resident_theta = 0;
 };
 
@@ -93,10 +93,10 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   MetaPlan plan;
   plan.slots = call.slots;
   plan.resident = plan_resident(call);
-  if (plan.resident.slot > 0) {
+  if (plan.resident.taken) {
     plan_shared(call, plan);
     plan.kept = !call.first_order && call.steps > 0;
-    plan.slot = align_up(plan.resident.slot, kAlignment);
+    plan.slot = call.backend->lockstep ? 0 : align_up(plan.resident.slot, kAlignment);
     plan.support.size = plan.resident.tape;
     return plan;
   }

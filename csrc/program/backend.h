@@ -146,21 +146,23 @@ struct OptimizerOps {
 
 class Program;
 
-// A call whose tasks may each be done by one call of the backend, for networks so small that going
-// from layer to layer costs as much as the arithmetic.
+// A call whose tasks the backend may do in one piece each, for networks so small that going from
+// layer to layer costs as much as the arithmetic. A backend in lockstep is given all tasks at once.
 template <class S>
 struct ResidentCall {
   const Program* program = nullptr;
   index_t steps = 0, support = 0, query = 0;  // K, samples
   bool first_order = false;
   const double* loss_weights = nullptr;  // [K + 1]
-  const S* rates = nullptr;              // [rate_rows, segments]; later steps reuse the last row
+  const S* rates = nullptr;              // [rate_rows, segments]; later steps reuse the last row.
+                                         // Null in lockstep
   index_t rate_rows = 1;
   // One rate a step for all layers but those that stand still; null: rates differ.
   const S* one_rate = nullptr;            // [rate_rows]
   const std::uint8_t* adapted = nullptr;  // [segments] whether a tensor moves
   index_t tasks = 0;
-  S* lambdas = nullptr;  // [T, P]; when all tasks are done, the first row is the sum over them
+  // [T, P]; when all tasks are done, the first row is the sum over them, or whatever in lockstep.
+  S* lambdas = nullptr;
 };
 
 template <class S>
@@ -171,16 +173,33 @@ struct ResidentTask {
   double *loss, *accuracy;  // [K + 1] of the query samples
 };
 
+// All tasks in lockstep, from the caller's tensors to their gradients, in the model's layout. The
+// two lists are host memory, in the order of Program::parameters(); all else is backend memory.
+template <class S>
+struct ResidentBatch {
+  const S* const* params;  // shared by all tasks
+  S* const* gradients;     // mean over tasks
+  const S* rates;          // [rate_rows, segments] if rate_per_tensor, else [rate_rows]
+  bool rate_per_tensor;
+  const std::uint8_t* adapted;   // [segments] whether a tensor moves
+  const S *support_x, *query_x;  // [T, N, in]
+  const void *support_y, *query_y;
+  double *loss, *accuracy;  // [T, K + 1] of the query samples, left as they are without a weight
+};
+
 struct ResidentSizes {
-  index_t shared = 0, slot = 0, tape = 0;  // elements; no slot: not this call
+  bool taken = false;                      // whether the backend takes the call
+  index_t shared = 0, slot = 0, tape = 0;  // elements; in lockstep, only the tape is read
 };
 
 template <class S>
 struct ResidentOps {
   ResidentSizes (*plan)(const ResidentCall<S>&);
-  // Before any task: the parameters theta [P] that all start from, as they read them.
+  // Task by task. Before any: the parameters theta [P] that all start from, as they read them.
   void (*share)(const ResidentCall<S>&, const S* theta, S* shared);
   void (*task)(const ResidentCall<S>&, S* shared, S* slot, const ResidentTask<S>&);
+  // In lockstep.
+  void (*all)(const ResidentCall<S>&, const ResidentBatch<S>&, const Exec&);
 };
 
 template <class S>
