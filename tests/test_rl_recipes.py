@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import fastmaml, train
+from command import TINY, fastmaml, train
 
-from fastmaml.recipes import recipe
+from fastmaml import cli
+from fastmaml.recipes import names, recipe
 from fastmaml.recipes.rl_evaluation import format_returns
 from fastmaml.train.logging import read_metrics
 
@@ -60,8 +62,9 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
     rows = [row for row in read_metrics(run) if row["kind"] == "train"]
     returns = [len(row["returns"]) for row in rows]
     assert returns == {"maml": [2, 2], "random": []}.get(method, [1, 1])
-    pictures = {"returns.png", "paths.png"} - (
-        {"returns.png"} if method == "random" else set()
+    pictures = {"returns.png", "adaptation.png", "paths.png"}
+    pictures -= {"random": {"returns.png"}, "oracle": {"adaptation.png"}}.get(
+        method, set()
     )
     assert {p.name for p in (run / "plots").iterdir()} == pictures
     again = fastmaml("evaluate", run, "--tasks", 3, "--seed", 1, cwd=tmp_path)
@@ -91,17 +94,55 @@ def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--fisher-subsample", 0), "fisher_subsample must be in (0, 1]"),
-        (("--meta-batch", 0), "meta_batch must be at least 1"),
-        (("--seed", -1), "seed must be in"),
+        (("--fisher-subsample", 0), "fisher_subsample must be in (0, 1], got 0"),
+        (("--meta-batch", 0), "meta_batch must be at least 1, got 0"),
+        (("--episodes", 0), "episodes must be at least 1, got 0"),
+        (("--iterations", -1), "iterations must be at least 0, got -1"),
+        (("--test-episodes", 0), "test_episodes must be at least 1, got 0"),
+        (("--test-tasks", 1), "or 0 to leave the evaluation out, got 1"),
+        (("--horizon", 0), "horizon must be at least 1, got 0"),
+        (("--hidden", 8, 0), "hidden must be at least 1, got 0"),
+        (("--ppo-epochs", 0), "ppo_epochs must be at least 1, got 0"),
+        (("--cg-iterations", 0), "cg_iterations must be at least 1, got 0"),
+        (("--inner-lr", "nan"), "inner_lr must be a finite number above 0, got nan"),
+        (("--max-kl", -1), "max_kl must be a finite number above 0, got -1.0"),
+        (("--meta-lr", 0), "meta_lr must be a finite number above 0, got 0.0"),
+        (("--test-rates", 0.1, -1), "test_rates must be a finite number above 0"),
+        (("--gamma", 2), "gamma must be a number in [0, 1], got 2.0"),
+        (("--gae-lambda", -1), "gae_lambda must be a number in [0, 1], got -1.0"),
+        (("--damping", -1), "damping must be 0 or more, got -1.0"),
+        (("--seed", -1), "seed must be in [0, 2^61), got -1"),
+        (("--preset", "gym"), "Expected one of ('paper', 'code')"),
+        (("--reward", "square"), "Expected one of ('code', 'paper')"),
+        (("--resume", "nowhere"), "no run in nowhere"),
     ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_settings_without_sense_are_refused(
-    words: tuple[Any, ...], message: str, tmp_path: Path
+    words: tuple[Any, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = fastmaml(*train("navigation", tmp_path / "run", *words), cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "navigation", *TINY["navigation"], *words]
+    assert cli.main(list(map(str, arguments))) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "a run that never began left files"
+
+
+def test_help_offers_the_presets_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in names():
+        with pytest.raises(SystemExit):
+            cli.main(["train", name, "--help"])
+        offered = "--preset {" + ",".join(recipe(name).presets) + "}"
+        assert offered in capsys.readouterr().out, name
+    with pytest.raises(ValueError, match="preset must be one of paper, code for nav"):
+        dataclasses.replace(recipe("navigation")(), preset="gym").check()
 
 
 def test_supervised_options_are_refused(tmp_path: Path) -> None:

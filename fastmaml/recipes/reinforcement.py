@@ -19,16 +19,17 @@ from fastmaml.recipes.common import (
     save_settings,
     user_errors,
 )
+from fastmaml.recipes.rl_settings import VALIDATION_SEED, check_settings
 from fastmaml.rl.learner import MetaRL, Update
 from fastmaml.rl.loop import Validation, fit_rl, restore
 from fastmaml.rl.oracle import OracleRows
 from fastmaml.rl.policies import Policy
 from fastmaml.rl.trpo import Trpo
 from fastmaml.rl.vector import RowsEnv, make_rows
-from fastmaml.tasks.sampler import check_count
 from fastmaml.train.checkpoint import (
     LAST,
     checkpoint_path,
+    fitting,
     load_checkpoint,
     seed_everything,
 )
@@ -39,7 +40,13 @@ Preset = Literal["paper", "code", "gym"]
 Method = Literal["maml", "pretrained", "oracle", "random"]
 R = TypeVar("R", bound="RLExperiment")
 
-TEST_SEED, VALIDATION_SEED = 1 << 62, 1 << 61  # apart from the seeds of runs
+TEST_SEED = 2 * VALIDATION_SEED  # apart from the seeds of runs and of validation
+
+
+META_LR = {"ppo": 1e-3, "vpg": 1e-2}
+"""Of Adam. It moves by about its rate a step, and vpg takes one where ppo takes five;
+0.001 leaves vpg on 2D navigation at a return of -35 after 40 meta-iterations, where
+0.01 gets to -13."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ class RLExperiment(abc.ABC):
     """added to the diagonal of the Fisher matrix"""
     fisher_subsample: float = 1.0
     """share of the samples that Fisher products are made of"""
-    meta_lr: float = 1e-3
-    """learning rate of Adam, for ppo and vpg"""
+    meta_lr: float | None = None
+    """learning rate of Adam; 0.001 for ppo, 0.01 for vpg unless told"""
     ppo_epochs: int = 5
     """Adam steps on the same trajectories, for ppo"""
     hidden: tuple[int, ...] = (100, 100)
@@ -174,11 +181,15 @@ class RLExperiment(abc.ABC):
             update=Update(
                 outer=self.outer,
                 trpo=Trpo(self.max_kl, self.cg_iterations, self.damping),
-                meta_lr=self.meta_lr,
+                meta_lr=self.adam_rate(),
                 ppo_epochs=self.ppo_epochs,
                 fisher_subsample=self.fisher_subsample,
             ),
         )
+
+    def adam_rate(self) -> float:
+        """Of the meta-update; a trust region has none."""
+        return META_LR.get(self.outer, 0.0) if self.meta_lr is None else self.meta_lr
 
     def rates_at_test(self) -> tuple[float, ...]:
         """Of the inner steps in validation and test; an oracle takes none."""
@@ -188,14 +199,9 @@ class RLExperiment(abc.ABC):
         """Refuses settings that make no sense, before a run begins.
 
         Raises:
-            ValueError: naming the setting.
+            ValueError: naming the setting, what it is and what it may be.
         """
-        for name in ("iterations", "inner_steps", "validation_tasks", "test_tasks"):
-            check_count(name, getattr(self, name), least=0)
-        for name in ("meta_batch", "episodes", "validate_every", "checkpoint_every"):
-            check_count(name, getattr(self, name))
-        if not 0 <= self.seed < VALIDATION_SEED:
-            raise ValueError(f"seed must be in [0, 2^61), got {self.seed}")
+        check_settings(self)
 
 
 def prepare_threads(experiment: RLExperiment, policy: Policy) -> None:
@@ -312,5 +318,6 @@ def load_rl_run(
         state = load_checkpoint(path)
         learner = experiment.make_learner(experiment.make_rows(tasks, episodes))
         prepare_threads(experiment, learner.policy)
-        restore(learner, state)
+        with fitting(path):
+            restore(learner, state)
     return experiment, learner, path, state.iteration
