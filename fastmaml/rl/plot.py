@@ -93,17 +93,31 @@ def _unevaluated(run: str | Path, runs: Sequence[str | Path]) -> str:
 def returns_figure(rows: Rows, experiment: RLExperiment) -> Figure:
     """Returns over the meta-iterations, in training and on held-out tasks.
 
-    Before adapting, after one step, and after the last; bands are 95% intervals over
-    the held-out tasks.
-
     Args:
         rows: of ``metrics.jsonl``.
         experiment: settings of the run.
     """
-    from matplotlib.ticker import MaxNLocator
-
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
+    returns_panel(axes, rows)
+    axes.set_title(
+        f"{experiment.name}, {experiment.preset}, {LABELS[experiment.method]}"
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def returns_panel(axes: Axes, rows: Rows) -> None:
+    """Returns before adapting, after one inner step, and after the last.
+
+    Bands are 95% intervals over the held-out tasks, where rows have them.
+
+    Args:
+        axes: to draw on.
+        rows: with ``kind``, ``iteration`` and ``returns``.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     for kind in ("train", "validation"):
         own = [row for row in rows if row["kind"] == kind]
         last = len(own[0]["returns"]) - 1 if own else -1
@@ -111,14 +125,9 @@ def returns_figure(rows: Rows, experiment: RLExperiment) -> Figure:
             _course(axes, own, step, _step_colour(step))
     axes.set_xlabel("meta-iterations")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel(RETURN)
-    axes.set_title(
-        f"{experiment.name}, {experiment.preset}, {LABELS[experiment.method]}"
-    )
     _style(axes)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
 
 
 def _course(axes: Axes, rows: Rows, step: int, colour: str) -> None:
@@ -141,44 +150,56 @@ def adaptation_figure(
 ) -> Figure:
     """Returns on held-out tasks against the number of inner steps, a line a method.
 
-    Bands are 95% intervals over tasks; a method that takes no steps is a dashed line.
-
     Args:
         records: of ``evaluation.json``, the run's own first.
         experiment: settings of the first.
-
-    Source:
-        Figure 5 of the paper.
     """
     figure = _figure(5.6, 4.2)
     axes = figure.subplots()
-    steps = max(len(record["returns"]) for record in records) - 1
-    names, used = names_of(records), set()
-    further = iter(FURTHER * len(records))
-    for record, name in zip(records, names, strict=True):
-        again = record["method"] in used
-        colour = next(further) if again else METHODS[record["method"]]
-        used.add(record["method"])
-        _adapted(axes, record, name, colour, steps)
-    if experiment.comparable():
-        for who, known in experiment.published.items():
-            if who != "paper, MAML" and len(records) > 1:
-                continue
-            x = range(min(len(known), steps + 1))
-            style = "x" if who == "paper, MAML" else "+"
-            axes.plot(x, known[: len(x)], style, color=PAPER, label=who, zorder=4)
-    axes.set_xticks(range(steps + 1))
-    axes.set_xlabel("number of gradient steps")
-    axes.set_ylabel(RETURN)
+    known = experiment.published.get("paper, MAML", ())
+    adaptation_panel(axes, records, known if experiment.comparable() else ())
     first = records[0]
     axes.set_title(
         f"{first['experiment']}, {first['preset']}: {first['tasks']} held-out tasks, "
         f"{first['episodes']} episodes each",
         fontsize=10,
     )
-    _style(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def adaptation_panel(
+    axes: Axes, records: Sequence[dict[str, Any]], known: Sequence[float] = ()
+) -> None:
+    """Returns against the number of inner steps.
+
+    Bands are 95% intervals over tasks; a method that takes no steps is a dashed line.
+
+    Args:
+        axes: to draw on.
+        records: with ``method``, ``returns`` and ``interval``.
+        known: the paper's returns after 0, 1, ... steps.
+
+    Source:
+        Figure 5 of the paper.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    steps = max(len(record["returns"]) for record in records) - 1
+    used = set()
+    further = iter(FURTHER * len(records))
+    for record, name in zip(records, names_of(records), strict=True):
+        again = record["method"] in used
+        colour = next(further) if again else METHODS[record["method"]]
+        used.add(record["method"])
+        _adapted(axes, record, name, colour, steps)
+    if known:
+        y = known[: steps + 1]
+        axes.plot(range(len(y)), y, "x", color=PAPER, label="paper, MAML", zorder=4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("number of gradient steps")
+    axes.set_ylabel(RETURN)
+    _style(axes)
 
 
 def _adapted(
