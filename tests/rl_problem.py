@@ -171,3 +171,18 @@ def restated_fisher(problem: RLProblem, flat: Tensor) -> Tensor:
     (slope,) = torch.autograd.grad(restated(problem, leaf)[1], leaf, create_graph=True)
     rows = [torch.autograd.grad(s, leaf, retain_graph=True)[0] for s in slope]
     return torch.stack(rows)
+
+
+def restated_clipped(
+    problem: RLProblem, flat: Tensor, clip: float, weight: float
+) -> Tensor:
+    """As `restated`, the clipped surrogate with a penalty on the divergence."""
+    query, total = problem.batches[-1], torch.zeros((), dtype=torch.float64)
+    start = {n: v.detach().requires_grad_() for n, v in problem.params.items()}
+    for task in range(TASKS):
+        new = adapted_outputs(problem, Flat(problem.params).split(flat), task)
+        old = adapted_outputs(problem, start, task).detach()
+        logs = [_log(problem, z, query.actions[task]) for z in (new, old)]
+        ratio, a = torch.exp(logs[0] - logs[1]), query.advantages[task]
+        total = total - torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
+    return total / TASKS + weight * restated(problem, flat)[1]

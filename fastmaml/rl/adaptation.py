@@ -108,7 +108,10 @@ def adapt(
 
 def for_each_task(params: Mapping[str, Tensor], tasks: int) -> Named:
     """Shared parameters as one set for each task."""
-    return {n: p.expand(tasks, *p.shape).contiguous() for n, p in params.items()}
+    own = torch.contiguous_format  # a copy even of one task's: theta moves in place
+    return {
+        n: p.expand(tasks, *p.shape).clone(memory_format=own) for n, p in params.items()
+    }
 
 
 class Flat:
