@@ -20,7 +20,7 @@ from fastmaml.rl.policies import Policy
 from fastmaml.rl.trajectories import Samples
 
 OBSERVATIONS, ACTIONS = 3, 2
-TASKS, SAMPLES = 3, 23
+TASKS, SAMPLES, LENGTH = 3, 24, 6
 Named = dict[str, Tensor]
 
 
@@ -96,7 +96,9 @@ def _samples(policy: Policy, theta: Named, generator: torch.Generator) -> Sample
     taken = torch.rand(TASKS, SAMPLES, generator=generator) > 0.2
     weights = taken.double() * SAMPLES / taken.sum(1, keepdim=True)
     actions = policy.distribution.sample(outputs, noise)
-    return Samples(x, actions, normal(TASKS, SAMPLES) * weights, weights, outputs)
+    return Samples(
+        x, actions, normal(TASKS, SAMPLES) * weights, weights, outputs, LENGTH
+    )
 
 
 # -- the restatement -------------------------------------------------------------------
@@ -116,6 +118,11 @@ def _log(problem: RLProblem, outputs: Tensor, actions: Tensor) -> Tensor:
     return distribution.log_prob(actions).sum(-1)
 
 
+def _box(x: Tensor) -> Tensor:
+    """One, with all derivatives of what leads to x (Foerster et al. 2018)."""
+    return torch.exp(x - x.detach())
+
+
 def adapted_outputs(problem: RLProblem, theta: Named, task: int) -> Tensor:
     """Outputs on the last samples of a task after its inner steps, with their graph."""
     model = problem.policy.model
@@ -125,6 +132,9 @@ def adapted_outputs(problem: RLProblem, theta: Named, task: int) -> Tensor:
         if problem.policy.inner_loss == "likelihood_ratio":
             old = _log(problem, samples.outputs[task], samples.actions[task])
             log = torch.exp(log - old)
+        if problem.policy.inner_loss == "dice":
+            sums = log.view(-1, LENGTH).cumsum(1).flatten()
+            log = _box(sums) - _box(sums - log)
         loss = -(log * samples.advantages[task]).mean()
         gradients = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
         theta = {

@@ -22,7 +22,7 @@ from rl_problem import (
 from fastmaml.rl.trpo import Trpo, conjugate_gradients, trust_region_step
 
 KINDS = ["gaussian", "categorical"]
-LOSSES = ["reinforce", "likelihood_ratio"]
+LOSSES = ["reinforce", "likelihood_ratio", "dice"]
 CASES = [
     *(
         (kind, loss, steps, "native")
@@ -32,6 +32,7 @@ CASES = [
     ),
     ("gaussian", "reinforce", 1, "functional"),
     ("categorical", "likelihood_ratio", 1, "functional"),
+    ("gaussian", "dice", 2, "functional"),
 ]
 
 

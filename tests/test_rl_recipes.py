@@ -79,6 +79,7 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
         ("--outer", "vpg"),
         ("--outer", "ppo", "--inner-steps", 2),
         ("--inner-loss", "likelihood_ratio", "--fisher-subsample", 0.5),
+        ("--inner-loss", "dice"),
         ("--engine", "functional", "--preset", "code"),
     ],
 )
@@ -111,6 +112,7 @@ def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> Non
         (("--gamma", 2), "gamma must be a number in [0, 1], got 2.0"),
         (("--gae-lambda", -1), "gae_lambda must be a number in [0, 1], got -1.0"),
         (("--damping", -1), "damping must be 0 or more, got -1.0"),
+        (("--inner-loss", "dice", "--fisher-subsample", 0.5), "must be 1 with inner_l"),
         (("--seed", -1), "seed must be in [0, 2^61), got -1"),
         (("--preset", "gym"), "Expected one of ('paper', 'code')"),
         (("--reward", "square"), "Expected one of ('code', 'paper')"),
