@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import TINY, fastmaml, train
 
 from fastmaml import cli
 from fastmaml.recipes import names, recipe
+from fastmaml.recipes.common import UserError
 from fastmaml.recipes.rl_evaluation import format_returns
 from fastmaml.train.logging import read_metrics
 
@@ -207,13 +210,56 @@ def test_an_agent_is_drawn_or_the_reason_given(tmp_path: Path) -> None:
         pytest.skip(done.stderr.strip())
     from PIL import Image
 
-    picture = Image.open(run / "plots" / "agent.gif")
-    assert picture.n_frames > 3 and picture.size[0] >= 240
+    from fastmaml.rl.render import _ffmpeg
+
+    words = ("--steps", 1, "--out", "agent.gif")
+    done = fastmaml("render", run, *words, cwd=tmp_path)
+    assert done.returncode == 0 and "wrote agent.gif" in done.stdout
+    with Image.open(tmp_path / "agent.gif") as picture:
+        assert picture.n_frames > 3 and picture.size[0] >= 240
+        shown = np.asarray(picture.convert("L"))
+        assert shown.std() > 10, "an empty picture"
+    suffix = ".gif" if _ffmpeg() is None else ".mp4"
+    assert (run / "plots" / f"agent{suffix}").stat().st_size > 5000
 
 
-def test_render_says_what_it_can_not_draw(tmp_path: Path) -> None:
-    done = fastmaml("render", tmp_path, "--out", "agent.png", cwd=tmp_path)
-    assert done.returncode == 2 and ".gif or .mp4" in done.stderr
+def test_frames_become_an_mp4(tmp_path: Path) -> None:
+    from fastmaml.rl import render
+
+    program = render._ffmpeg()
+    if program is None:
+        pytest.skip("no ffmpeg: pip install imageio-ffmpeg, or install ffmpeg")
+    frames = [np.full((33, 47, 3), 20 * i, dtype=np.uint8) for i in range(12)]
+    path = tmp_path / "agent.mp4"
+    render._write(path, frames, 25.0)
+    command = [program, "-i", str(path), "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    read = np.frombuffer(done.stdout, dtype=np.uint8).reshape(12, 34, 48)
+    levels = read[:, 4:-4, 4:-4].mean((1, 2))
+    assert np.abs(levels - 20 * np.arange(12)).max() < 6
+    with pytest.raises(UserError, match="ffmpeg could not write"):
+        render._write(tmp_path / "nowhere" / "agent.mp4", frames, 25.0)
+
+
+def test_render_says_what_it_can_not_draw(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fastmaml.rl import render
+
+    monkeypatch.setattr(render, "_ffmpeg", lambda: None)
+    for words, message in (
+        (("--out", "agent.png"), "expected a .gif or .mp4 file"),
+        (("--out", "agent.mp4"), "an mp4 needs ffmpeg; pip install imageio-ffmpeg"),
+        (("--steps", "-1"), "--steps must be at least 0, got -1"),
+        ((), "no run in"),
+    ):
+        assert cli.main(["render", str(tmp_path), *words]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("MUJOCO_GL", "nothing-of-that-name")
+    with pytest.raises(UserError, match="nothing to draw with .nothing-of-that-name"):
+        render._use_opengl()
 
 
 def test_a_recorded_run_becomes_a_row(tmp_path: Path) -> None:
