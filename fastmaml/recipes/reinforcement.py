@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -205,6 +207,16 @@ class RLExperiment(abc.ABC):
         check_settings(self)
 
 
+@contextmanager
+def closed_on_error(envs: RowsEnv) -> Iterator[RowsEnv]:
+    """Ends the threads of environments if what is done with them fails."""
+    try:
+        yield envs
+    except BaseException:
+        envs.close()
+        raise
+
+
 def prepare_threads(experiment: RLExperiment, policy: Policy) -> None:
     """Gives all cores to the engine and the simulator where torch has little to do."""
     set_threads(experiment.threads)
@@ -226,11 +238,11 @@ def train(experiment: RLExperiment) -> int:
     run_dir = run_folder(experiment)
     with user_errors():
         experiment.check()
-        envs = experiment.make_rows(experiment.meta_batch)
-        learner = experiment.make_learner(envs)
-        prepare_threads(experiment, learner.policy)
-        validation = _validation(experiment, learner)
-        save_settings(experiment, run_dir)
+        with closed_on_error(experiment.make_rows(experiment.meta_batch)) as envs:
+            learner = experiment.make_learner(envs)
+            prepare_threads(experiment, learner.policy)
+            validation = _validation(experiment, learner)
+            save_settings(experiment, run_dir)
     announce(experiment, learner.policy.report, run_dir)
     try:
         result = fit_rl(
@@ -317,8 +329,9 @@ def load_rl_run(
     path = checkpoint_path(run_dir, checkpoint)
     with user_errors():
         state = load_checkpoint(path)
-        learner = experiment.make_learner(experiment.make_rows(tasks, episodes))
-        prepare_threads(experiment, learner.policy)
-        with fitting(path):
-            restore(learner, state)
+        with closed_on_error(experiment.make_rows(tasks, episodes)) as envs:
+            learner = experiment.make_learner(envs)
+            prepare_threads(experiment, learner.policy)
+            with fitting(path):
+                restore(learner, state)
     return experiment, learner, path, state.iteration
