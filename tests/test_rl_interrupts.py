@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from command import start
 
 from fastmaml import cli
+from fastmaml.recipes.reinforcement import RLExperiment
 from fastmaml.train.logging import read_metrics
 
 pytest.importorskip("mujoco.batch", reason="needs the extra fastmaml[rl]")
@@ -45,8 +47,22 @@ def usual(tmp_path: Path) -> int:
     return _threads()
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Environments made, held so that only closing them ends their threads."""
+    held: list[Any] = []
+    make = RLExperiment.make_rows
+
+    def holding(self: RLExperiment, *arguments: Any) -> Any:
+        held.append(make(self, *arguments))
+        return held[-1]
+
+    monkeypatch.setattr(RLExperiment, "make_rows", holding)
+    return held
+
+
 def test_an_interrupt_in_a_rollout_ends_the_simulators_threads(
-    usual: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    usual: int, kept: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastmaml.rl.envs.half_cheetah import HalfCheetahVelVector as Vector
 
@@ -61,19 +77,21 @@ def test_an_interrupt_in_a_rollout_ends_the_simulators_threads(
     monkeypatch.setattr(Vector, "step", interrupted)
     assert _train(tmp_path / "run", "--iterations", 5) == 130
     assert max(seen) > usual, "the simulator had no threads of its own"
-    assert _threads() == usual
+    assert _threads() == usual and len(kept) == 2
 
 
 def test_a_run_that_is_refused_ends_the_simulators_threads(
-    usual: int, tmp_path: Path
+    usual: int, kept: list[Any], tmp_path: Path
 ) -> None:
     words = ("--inner-loss", "dice", "--fisher-subsample", 0.5)
     assert _train(tmp_path / "run", "--iterations", 1, *words) == 2
     assert _threads() == usual
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    assert _train(other, "--iterations", 1, "--hidden", 4) == 0
     for name in ("last.pt", "best.pt"):
-        (tmp_path / "whole" / name).write_bytes(b"")
-    assert cli.main(["evaluate", str(tmp_path / "whole"), "--tasks", "2"]) == 2
-    assert _threads() == usual
+        shutil.copy(other / name, whole / name)
+    assert cli.main(["evaluate", str(whole), "--tasks", "2"]) == 2
+    assert _threads() == usual and len(kept) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
