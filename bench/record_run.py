@@ -25,7 +25,7 @@ def record(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     known = facts.collect()
     first = evaluation["rows"][0] if "rows" in evaluation else _agent(evaluation)
     curve = [
-        {"iteration": row["iteration"], "returns": row["returns"]}
+        {k: row[k] for k in ("iteration", "returns", "interval") if k in row}
         for row in rows
         if row["kind"] == "validation" and "returns" in row
     ]
@@ -47,7 +47,12 @@ def record(run: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _agent(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An agent's evaluation, named as the rows of supervised ones are."""
     renamed = {"interval": "returns_interval"}
-    return {renamed.get(key, key): value for key, value in evaluation.items()}
+    row = {renamed.get(key, key): value for key, value in evaluation.items()}
+    if "run" in row:
+        row["run"] = Path(row["run"]).name  # where it lies is of no interest
+    if "compared" in row:
+        row["compared"] = [_agent(other) for other in row["compared"]]
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,22 +8,31 @@ One file per run, as in
      "evaluation": {"loss": [...], "loss_interval": [...], "tasks": 600, ...},
      "seconds": 57.1, "machine": "...", "commit": "...", "date": "..."}
 
-where ``evaluation`` is what ``Evaluation.to_dict`` returned. ``--check`` writes
-nothing and fails if the README differs.
+where ``evaluation`` is what ``Evaluation.to_dict`` returned. Below the table stands the
+figure of agents, ``bench/results/figures/agents.png``, which ``--figures`` draws anew.
+``--check`` writes nothing and fails if the README or the figure is not of these files.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # where this file runs as a script
+from bench import stamps  # noqa: E402
+
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEAD = (
     "| experiment | published | measured | evaluated on | training |",
     "| --- | --- | --- | --- | --- |",
+)
+TITLE = (
+    "Returns of agents on held-out tasks against gradient steps (left; bands are 95% "
+    "intervals over tasks), and on validation tasks as they train"
 )
 
 
@@ -52,26 +61,72 @@ def row(run: dict[str, Any]) -> str:
     )
 
 
-def section(folder: Path) -> str:
-    """What stands between the markers."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return "\n".join([*HEAD, *map(row, runs)]) if runs else "No runs recorded yet."
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs in a folder, name -> what its file says."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
 
 
-def main(arguments: list[str]) -> int:
-    """Rewrites the section, or with ``--check`` says whether it is up to date."""
-    readme = ROOT / "README.md"
+def agents(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of reinforcement learning."""
+    return {name: run for name, run in runs.items() if run["measure"] == "returns"}
+
+
+def section(runs: dict[str, dict[str, Any]], picture: str | None = None) -> str:
+    """What stands between the markers.
+
+    Args:
+        runs: name -> what its file says.
+        picture: the figure of agents, as seen from the README.
+    """
+    if not runs:
+        return "No runs recorded yet."
+    table = "\n".join([*HEAD, *map(row, runs.values())])
+    return table if picture is None else f"{table}\n\n![{TITLE}]({picture})"
+
+
+def stale(figure: Path, runs: dict[str, dict[str, Any]]) -> str | None:
+    """What is wrong with the figure of agents."""
+    if not runs:
+        return "drawn from no run there is" if figure.is_file() else None
+    if not figure.is_file():
+        return "missing"
+    if stamps.read(figure) != stamps.stamp(runs):
+        return "drawn from other runs"
+    return None
+
+
+def main(arguments: Sequence[str], root: Path = ROOT) -> int:
+    """Rewrites the section and the figure, or with ``--check`` says what is stale.
+
+    Args:
+        arguments: ``--figures`` draws the figure too; ``--check`` changes nothing.
+        root: of the checkout.
+    """
+    unknown = set(arguments) - {"--check", "--figures"}
+    if unknown:
+        sys.stderr.write(f"{' '.join(sorted(unknown))}: expected --check, --figures\n")
+        return 2
+    readme, check = root / "README.md", "--check" in arguments
+    runs = recorded(root / "bench" / "results" / "training")
+    figure = root / "bench" / "results" / "figures" / stamps.AGENTS
+    if "--figures" in arguments and not check and agents(runs):
+        from bench.agents import draw
+
+        draw(agents(runs), figure)
     text = readme.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    folder = ROOT / "bench" / "results" / "training"
-    fresh = f"{head}{BEGIN}\n{section(folder)}\n{END}{tail}"
-    if "--check" not in arguments:
+    picture = figure.relative_to(root).as_posix() if figure.is_file() else None
+    fresh = f"{head}{BEGIN}\n{section(runs, picture)}\n{END}{tail}"
+    if not check:
         readme.write_text(fresh)
-    elif fresh != text:
-        sys.stderr.write("README.md is stale: run `python bench/results_table.py`\n")
-        return 1
-    return 0
+        return 0
+    wrong = [f"{readme.name}: stale"] if fresh != text else []
+    found = stale(figure, agents(runs))
+    wrong += [f"{figure.name}: {found}"] if found else []
+    for line in wrong:
+        sys.stderr.write(f"{line}, run `python bench/results_table.py --figures`\n")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ usage: fastmaml COMMAND ...
 
   train EXPERIMENT   meta-train: {experiments}
   evaluate RUN       the paper's table row for a run, on new tasks
-  plot RUN           learning curve and figures of a run, as PNGs
+  plot RUN [RUN...]  learning curve and figures of a run, beside others, as PNGs
   render RUN         an animation of an agent that has adapted, as a GIF or mp4
   info               version, build, devices, and why anything is missing
   bench              a quick table of speeds on this machine
@@ -159,7 +159,12 @@ def _plot(arguments: list[str]) -> int:
     from fastmaml.plot import Plot, plot_run
 
     options = _parse(Plot, arguments, "fastmaml plot")
-    for path in plot_run(options.run, checkpoint=options.checkpoint, seed=options.seed):
+    for path in plot_run(
+        options.run,
+        others=options.others,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
+    ):
         print(f"wrote {path}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +32,8 @@ class Plot:
 
     run: Annotated[str, tyro.conf.Positional]
     """folder of the run"""
+    others: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """folders of runs to draw beside it: baselines of an agent, on the same tasks"""
     checkpoint: Literal["best", "last"] = "best"
     """the best on the validation tasks, or the last"""
     seed: int = 0
@@ -38,12 +41,17 @@ class Plot:
 
 
 def plot_run(
-    run_dir: str | Path, *, checkpoint: str = "best", seed: int = 0
+    run_dir: str | Path,
+    *,
+    others: Sequence[str | Path] = (),
+    checkpoint: str = "best",
+    seed: int = 0,
 ) -> list[Path]:
     """Writes the PNGs of a run into its folder ``plots``.
 
     Args:
         run_dir: the run's folder.
+        others: folders of an agent's baselines, drawn beside it.
         checkpoint: ``best`` or ``last``.
         seed: which new tasks to show.
 
@@ -51,7 +59,8 @@ def plot_run(
         The files written.
 
     Raises:
-        UserError: there is no run, or matplotlib is not installed.
+        UserError: there is no run, runs don't fit each other, or matplotlib is not
+            installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -61,8 +70,13 @@ def plot_run(
     if not isinstance(load_experiment(run_dir), Experiment):
         from fastmaml.rl.plot import agent_figures
 
-        figures = agent_figures(run_dir, checkpoint, seed)
+        figures = agent_figures([run_dir, *others], checkpoint, seed)
         return _written(figures, Path(run_dir) / "plots")
+    if others:
+        raise UserError(
+            f"plot takes several runs of reinforcement learning; {run_dir} is a run of "
+            f"{load_experiment(run_dir).name}: give it alone"
+        )
     experiment, learner, _, iteration = load_run(run_dir, checkpoint)
     figures = {}
     rows = read_metrics(run_dir)

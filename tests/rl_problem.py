@@ -20,7 +20,7 @@ from fastmaml.rl.policies import Policy
 from fastmaml.rl.trajectories import Samples
 
 OBSERVATIONS, ACTIONS = 3, 2
-TASKS, SAMPLES = 3, 23
+TASKS, SAMPLES, LENGTH = 3, 24, 6
 Named = dict[str, Tensor]
 
 
@@ -96,7 +96,9 @@ def _samples(policy: Policy, theta: Named, generator: torch.Generator) -> Sample
     taken = torch.rand(TASKS, SAMPLES, generator=generator) > 0.2
     weights = taken.double() * SAMPLES / taken.sum(1, keepdim=True)
     actions = policy.distribution.sample(outputs, noise)
-    return Samples(x, actions, normal(TASKS, SAMPLES) * weights, weights, outputs)
+    return Samples(
+        x, actions, normal(TASKS, SAMPLES) * weights, weights, outputs, LENGTH
+    )
 
 
 # -- the restatement -------------------------------------------------------------------
@@ -116,6 +118,11 @@ def _log(problem: RLProblem, outputs: Tensor, actions: Tensor) -> Tensor:
     return distribution.log_prob(actions).sum(-1)
 
 
+def _box(x: Tensor) -> Tensor:
+    """One, with all derivatives of what leads to x (Foerster et al. 2018)."""
+    return torch.exp(x - x.detach())
+
+
 def adapted_outputs(problem: RLProblem, theta: Named, task: int) -> Tensor:
     """Outputs on the last samples of a task after its inner steps, with their graph."""
     model = problem.policy.model
@@ -125,6 +132,9 @@ def adapted_outputs(problem: RLProblem, theta: Named, task: int) -> Tensor:
         if problem.policy.inner_loss == "likelihood_ratio":
             old = _log(problem, samples.outputs[task], samples.actions[task])
             log = torch.exp(log - old)
+        if problem.policy.inner_loss == "dice":
+            sums = log.view(-1, LENGTH).cumsum(1).flatten()
+            log = _box(sums) - _box(sums - log)
         loss = -(log * samples.advantages[task]).mean()
         gradients = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
         theta = {
@@ -171,3 +181,18 @@ def restated_fisher(problem: RLProblem, flat: Tensor) -> Tensor:
     (slope,) = torch.autograd.grad(restated(problem, leaf)[1], leaf, create_graph=True)
     rows = [torch.autograd.grad(s, leaf, retain_graph=True)[0] for s in slope]
     return torch.stack(rows)
+
+
+def restated_clipped(
+    problem: RLProblem, flat: Tensor, clip: float, weight: float
+) -> Tensor:
+    """As `restated`, the clipped surrogate with a penalty on the divergence."""
+    query, total = problem.batches[-1], torch.zeros((), dtype=torch.float64)
+    start = {n: v.detach().requires_grad_() for n, v in problem.params.items()}
+    for task in range(TASKS):
+        new = adapted_outputs(problem, Flat(problem.params).split(flat), task)
+        old = adapted_outputs(problem, start, task).detach()
+        logs = [_log(problem, z, query.actions[task]) for z in (new, old)]
+        ratio, a = torch.exp(logs[0] - logs[1]), query.advantages[task]
+        total = total - torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
+    return total / TASKS + weight * restated(problem, flat)[1]

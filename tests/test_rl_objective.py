@@ -13,6 +13,7 @@ from rl_problem import (
     RLProblem,
     problem,
     restated,
+    restated_clipped,
     restated_fisher,
     restated_fisher_product,
     restated_gradient,
@@ -21,7 +22,7 @@ from rl_problem import (
 from fastmaml.rl.trpo import Trpo, conjugate_gradients, trust_region_step
 
 KINDS = ["gaussian", "categorical"]
-LOSSES = ["reinforce", "likelihood_ratio"]
+LOSSES = ["reinforce", "likelihood_ratio", "dice"]
 CASES = [
     *(
         (kind, loss, steps, "native")
@@ -31,6 +32,7 @@ CASES = [
     ),
     ("gaussian", "reinforce", 1, "functional"),
     ("categorical", "likelihood_ratio", 1, "functional"),
+    ("gaussian", "dice", 2, "functional"),
 ]
 
 
@@ -76,7 +78,7 @@ def test_clipped_surrogate_and_its_gradient(kind):
     there = objective.theta + 0.1 * _direction(p)
     clip, weight = 0.05, 0.7
     leaf = there.clone().requires_grad_()
-    want = _clipped(p, leaf, clip, weight)
+    want = restated_clipped(p, leaf, clip, weight)
     (slope,) = torch.autograd.grad(want, leaf)
     value, kl, gradient = objective.clipped(there, clip, weight)
     assert_close(
@@ -90,21 +92,6 @@ def test_clipped_surrogate_and_its_gradient(kind):
     # the case clips some ratios and not others
     free = objective.clipped(there, 1e9, weight)[0]
     assert value > free + 1e-4
-
-
-def _clipped(p: RLProblem, theta: torch.Tensor, clip: float, weight: float):
-    """As `restated`, for the clipped surrogate."""
-    from rl_problem import TASKS, Flat, _log, adapted_outputs
-
-    query, total = p.batches[-1], 0.0
-    start = {n: v.detach().requires_grad_() for n, v in p.params.items()}
-    for t in range(TASKS):
-        new = adapted_outputs(p, Flat(p.params).split(theta), t)
-        old = adapted_outputs(p, start, t).detach()
-        logs = [_log(p, z, query.actions[t]) for z in (new, old)]
-        ratio, a = torch.exp(logs[0] - logs[1]), query.advantages[t]
-        total = total - torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
-    return total / TASKS + weight * restated(p, theta)[1]
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("gaussian", 1), ("categorical", 2)])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from command import fastmaml, train
+from command import TINY, fastmaml, train
 
-from fastmaml.recipes import recipe
+from fastmaml import cli
+from fastmaml.recipes import names, recipe
+from fastmaml.recipes.common import UserError
 from fastmaml.recipes.rl_evaluation import format_returns
 from fastmaml.train.logging import read_metrics
 
@@ -60,8 +65,9 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
     rows = [row for row in read_metrics(run) if row["kind"] == "train"]
     returns = [len(row["returns"]) for row in rows]
     assert returns == {"maml": [2, 2], "random": []}.get(method, [1, 1])
-    pictures = {"returns.png", "paths.png"} - (
-        {"returns.png"} if method == "random" else set()
+    pictures = {"returns.png", "adaptation.png", "paths.png"}
+    pictures -= {"random": {"returns.png"}, "oracle": {"adaptation.png"}}.get(
+        method, set()
     )
     assert {p.name for p in (run / "plots").iterdir()} == pictures
     again = fastmaml("evaluate", run, "--tasks", 3, "--seed", 1, cwd=tmp_path)
@@ -76,6 +82,7 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
         ("--outer", "vpg"),
         ("--outer", "ppo", "--inner-steps", 2),
         ("--inner-loss", "likelihood_ratio", "--fisher-subsample", 0.5),
+        ("--inner-loss", "dice"),
         ("--engine", "functional", "--preset", "code"),
     ],
 )
@@ -91,17 +98,56 @@ def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--fisher-subsample", 0), "fisher_subsample must be in (0, 1]"),
-        (("--meta-batch", 0), "meta_batch must be at least 1"),
-        (("--seed", -1), "seed must be in"),
+        (("--fisher-subsample", 0), "fisher_subsample must be in (0, 1], got 0"),
+        (("--meta-batch", 0), "meta_batch must be at least 1, got 0"),
+        (("--episodes", 0), "episodes must be at least 1, got 0"),
+        (("--iterations", -1), "iterations must be at least 0, got -1"),
+        (("--test-episodes", 0), "test_episodes must be at least 1, got 0"),
+        (("--test-tasks", 1), "or 0 to leave the evaluation out, got 1"),
+        (("--horizon", 0), "horizon must be at least 1, got 0"),
+        (("--hidden", 8, 0), "hidden must be at least 1, got 0"),
+        (("--ppo-epochs", 0), "ppo_epochs must be at least 1, got 0"),
+        (("--cg-iterations", 0), "cg_iterations must be at least 1, got 0"),
+        (("--inner-lr", "nan"), "inner_lr must be a finite number above 0, got nan"),
+        (("--max-kl", -1), "max_kl must be a finite number above 0, got -1.0"),
+        (("--meta-lr", 0), "meta_lr must be a finite number above 0, got 0.0"),
+        (("--test-rates", 0.1, -1), "test_rates must be a finite number above 0"),
+        (("--gamma", 2), "gamma must be a number in [0, 1], got 2.0"),
+        (("--gae-lambda", -1), "gae_lambda must be a number in [0, 1], got -1.0"),
+        (("--damping", -1), "damping must be 0 or more, got -1.0"),
+        (("--inner-loss", "dice", "--fisher-subsample", 0.5), "must be 1 with inner_l"),
+        (("--seed", -1), "seed must be in [0, 2^61), got -1"),
+        (("--preset", "gym"), "Expected one of ('paper', 'code')"),
+        (("--reward", "square"), "Expected one of ('code', 'paper')"),
+        (("--resume", "nowhere"), "no run in nowhere"),
     ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_settings_without_sense_are_refused(
-    words: tuple[Any, ...], message: str, tmp_path: Path
+    words: tuple[Any, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = fastmaml(*train("navigation", tmp_path / "run", *words), cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "navigation", *TINY["navigation"], *words]
+    assert cli.main(list(map(str, arguments))) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "a run that never began left files"
+
+
+def test_help_offers_the_presets_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in names():
+        with pytest.raises(SystemExit):
+            cli.main(["train", name, "--help"])
+        offered = "--preset {" + ",".join(recipe(name).presets) + "}"
+        assert offered in capsys.readouterr().out, name
+    with pytest.raises(ValueError, match="preset must be one of paper, code for nav"):
+        dataclasses.replace(recipe("navigation")(), preset="gym").check()
 
 
 def test_supervised_options_are_refused(tmp_path: Path) -> None:
@@ -164,13 +210,56 @@ def test_an_agent_is_drawn_or_the_reason_given(tmp_path: Path) -> None:
         pytest.skip(done.stderr.strip())
     from PIL import Image
 
-    picture = Image.open(run / "plots" / "agent.gif")
-    assert picture.n_frames > 3 and picture.size[0] >= 240
+    from fastmaml.rl.render import _ffmpeg
+
+    words = ("--steps", 1, "--out", "agent.gif")
+    done = fastmaml("render", run, *words, cwd=tmp_path)
+    assert done.returncode == 0 and "wrote agent.gif" in done.stdout
+    with Image.open(tmp_path / "agent.gif") as picture:
+        assert picture.n_frames > 3 and picture.size[0] >= 240
+        shown = np.asarray(picture.convert("L"))
+        assert shown.std() > 10, "an empty picture"
+    suffix = ".gif" if _ffmpeg() is None else ".mp4"
+    assert (run / "plots" / f"agent{suffix}").stat().st_size > 5000
 
 
-def test_render_says_what_it_can_not_draw(tmp_path: Path) -> None:
-    done = fastmaml("render", tmp_path, "--out", "agent.png", cwd=tmp_path)
-    assert done.returncode == 2 and ".gif or .mp4" in done.stderr
+def test_frames_become_an_mp4(tmp_path: Path) -> None:
+    from fastmaml.rl import render
+
+    program = render._ffmpeg()
+    if program is None:
+        pytest.skip("no ffmpeg: pip install imageio-ffmpeg, or install ffmpeg")
+    frames = [np.full((33, 47, 3), 20 * i, dtype=np.uint8) for i in range(12)]
+    path = tmp_path / "agent.mp4"
+    render._write(path, frames, 25.0)
+    command = [program, "-i", str(path), "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    read = np.frombuffer(done.stdout, dtype=np.uint8).reshape(12, 34, 48)
+    levels = read[:, 4:-4, 4:-4].mean((1, 2))
+    assert np.abs(levels - 20 * np.arange(12)).max() < 6
+    with pytest.raises(UserError, match="ffmpeg could not write"):
+        render._write(tmp_path / "nowhere" / "agent.mp4", frames, 25.0)
+
+
+def test_render_says_what_it_can_not_draw(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fastmaml.rl import render
+
+    monkeypatch.setattr(render, "_ffmpeg", lambda: None)
+    for words, message in (
+        (("--out", "agent.png"), "expected a .gif or .mp4 file"),
+        (("--out", "agent.mp4"), "an mp4 needs ffmpeg; pip install imageio-ffmpeg"),
+        (("--steps", "-1"), "--steps must be at least 0, got -1"),
+        ((), "no run in"),
+    ):
+        assert cli.main(["render", str(tmp_path), *words]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("MUJOCO_GL", "nothing-of-that-name")
+    with pytest.raises(UserError, match="nothing to draw with .nothing-of-that-name"):
+        render._use_opengl()
 
 
 def test_a_recorded_run_becomes_a_row(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fastmaml.tasks.sampler import TaskSampler, check_count
 from fastmaml.train.checkpoint import (
     LAST,
     checkpoint_path,
+    fitting,
     load_checkpoint,
     seed_everything,
     write_text_atomically,
@@ -238,7 +239,8 @@ def load_run(
     with user_errors():
         state = load_checkpoint(path, experiment.device)
         learner = experiment.build()
-        learner.load_state_dict(state.learner)
+        with fitting(path):
+            learner.load_state_dict(state.learner)
     return experiment, learner, path, state.iteration
 
 

@@ -52,6 +52,9 @@ class Evaluate:
     """the best on the validation tasks, or the last"""
     seed: int = 0
     """which test tasks"""
+    compare: tuple[str, ...] = ()
+    """folders of further runs of agents, such as the paper's baselines (pretrained,
+    oracle, random start), to stand beside this one on the same tasks"""
 
 
 def evaluate(options: Evaluate) -> dict[str, Any]:
@@ -65,6 +68,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     """
     if not isinstance(load_experiment(options.run), Experiment):
         return _evaluate_agent(options)
+    if options.compare:
+        raise UserError(
+            f"--compare is for runs of reinforcement learning, not for {options.run}"
+        )
     experiment, learner, path, iteration = load_run(options.run, options.checkpoint)
     steps = experiment.test_steps if options.steps is None else options.steps
     rows = []
@@ -99,6 +106,7 @@ def _evaluate_agent(options: Evaluate) -> dict[str, Any]:
         checkpoint=options.checkpoint,
         steps=options.steps,
         seed=options.seed,
+        compare=options.compare,
     )
 
 

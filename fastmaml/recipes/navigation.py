@@ -12,6 +12,8 @@ from fastmaml.recipes.reinforcement import Preset, RLExperiment, train
 class Navigation(RLExperiment):
     """Learn to reach an unknown goal in the plane from a few tries."""
 
+    preset: Literal["paper", "code"] = "paper"
+    """settings of the paper, or of its reference code where the two differ"""
     meta_batch: int = 20
     """tasks in a meta-iteration"""
     iterations: int = 500

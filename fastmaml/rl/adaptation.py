@@ -41,7 +41,7 @@ class Adaptation:
         self.policy = policy
         self.rates: list[float] = []
         self.thetas = [for_each_task(params, tasks)]
-        self._supports: list[tuple[Tensor, Tensor]] = []
+        self._supports: list[tuple[Samples, Tensor]] = []
 
     @property
     def adapted(self) -> Named:
@@ -55,7 +55,7 @@ class Adaptation:
         inner = self.policy.inner
         self.thetas.append(inner.adapt(self.adapted, Rates(values), x, y, steps=1))
         self.rates.append(rate)
-        self._supports.append((x, y))
+        self._supports.append((samples, y))
         return self.adapted
 
     def tangent(self, v: Named) -> Named:
@@ -74,13 +74,13 @@ class Adaptation:
         """The same parameters, with derivatives from other samples of each step."""
         other = Adaptation.__new__(Adaptation)
         other.policy, other.rates, other.thetas = self.policy, self.rates, self.thetas
-        other._supports = [(s.x, self.policy.inner_target(s)) for s in supports]
+        other._supports = [(s, self.policy.inner_target(s)) for s in supports]
         return other
 
     def _curved(self, k: int, v: Named) -> Named:
         """(I - a_k H_k) v."""
-        x, y = self._supports[k]
-        h = self.policy.inner.hvp(self.thetas[k], x, y, v)
+        samples, y = self._supports[k]
+        h = self.policy.inner_product(self.thetas[k], samples, y, v)
         return {n: torch.sub(v[n], h[n], alpha=self.rates[k]) for n in v}
 
 
@@ -108,7 +108,10 @@ def adapt(
 
 def for_each_task(params: Mapping[str, Tensor], tasks: int) -> Named:
     """Shared parameters as one set for each task."""
-    return {n: p.expand(tasks, *p.shape).contiguous() for n, p in params.items()}
+    own = torch.contiguous_format  # a copy even of one task's: theta moves in place
+    return {
+        n: p.expand(tasks, *p.shape).clone(memory_format=own) for n, p in params.items()
+    }
 
 
 class Flat:

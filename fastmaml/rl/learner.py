@@ -104,6 +104,11 @@ class MetaRL:
         share = self.update.fisher_subsample
         if not 0 < share <= 1:
             raise ValueError(f"fisher_subsample must be in (0, 1], got {share}")
+        if share < 1 and policy.inner_loss == "dice":
+            raise ValueError(
+                f"fisher_subsample must be 1 with inner_loss='dice', got {share}: its "
+                "curvature joins the steps of whole trajectories"
+            )
         self.optimizer: torch.optim.Optimizer | None = None
         if self.update.outer != "trpo":
             self.optimizer = _adam(policy, self.update.meta_lr)

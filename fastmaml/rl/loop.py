@@ -20,6 +20,7 @@ from fastmaml.train.checkpoint import (
     LAST,
     Checkpoint,
     CheckpointError,
+    fitting,
     open_run,
     plain_settings,
     save_checkpoint,
@@ -150,8 +151,9 @@ class _Run:
     def begin(self, resume: bool, iterations: int) -> None:
         """Goes on where the run in the folder has stopped, if asked to."""
         found = open_run(self.run_dir, resume, iterations)
-        if found is not None:
-            self._restore(found)
+        if found is not None and self.run_dir is not None:
+            with fitting(self.run_dir / LAST):
+                self._restore(found)
 
     def loop(
         self, iterations: int, meta_batch: int, save_every: int, stop: StopSignals
@@ -204,6 +206,9 @@ class _Run:
         if better:
             self.best = metric
         row = {"kind": "validation", "iteration": self.iteration, "returns": means}
+        if len(v.tasks) > 1:
+            spread = 1.96 * returns.std(0) / len(v.tasks) ** 0.5
+            row["interval"] = spread.tolist()
         self._write({**row, "best": self.best})
         figures = ", ".join(f"{x:.2f}" for x in means)
         self.progress.say(
@@ -215,7 +220,7 @@ class _Run:
 
     def _write(self, row: dict[str, Any]) -> None:
         row["seconds"] = self.seconds()
-        self.log.write(row)
+        self.log.write({name: _finite(value) for name, value in row.items()})
 
     def seconds(self) -> float:
         """In the loop, earlier parts of a resumed run included."""
@@ -257,6 +262,13 @@ class _Run:
         return DivergenceError(
             f"training diverged at iteration {self.iteration}: {what}; {good}"
         )
+
+
+def _finite(value: Any) -> Any:
+    """The value, ``None`` in place of numbers that JSON has no words for."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def restore(learner: MetaRL, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ one may not be left again.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from fastmaml.recipes.common import UserError
+from fastmaml.recipes.common import UserError, load_experiment
 from fastmaml.recipes.locomotion import Locomotion
 from fastmaml.recipes.reinforcement import TEST_SEED, load_rl_run
 from fastmaml.rl.adaptation import Adaptation
@@ -42,7 +43,8 @@ class Render:
     task: int = 0
     """number of the held-out task"""
     out: str | None = None
-    """file to write, .gif or .mp4; RUN/plots/agent.gif unless told"""
+    """file to write, .mp4 or .gif; RUN/plots/agent.mp4 unless told, .gif without
+    ffmpeg"""
     checkpoint: Literal["best", "last"] = "best"
     """the best on the validation tasks, or the last"""
     seed: int = 0
@@ -62,12 +64,13 @@ def render(options: Render) -> Path:
         UserError: there is no such run, its environment has no picture, or there is
             no OpenGL.
     """
-    folder = Path(options.run) / "plots"
-    path = folder / "agent.gif" if options.out is None else Path(options.out)
-    if path.suffix not in (".gif", ".mp4"):
-        raise UserError(f"--out {path}: expected a .gif or .mp4 file")
-    if options.steps < 0 or options.task < 0:
-        raise UserError("--steps and --task must be 0 or more")
+    path = _file(options)
+    for name in ("steps", "task", "seed"):
+        if getattr(options, name) < 0:
+            raise UserError(
+                f"--{name} must be at least 0, got {getattr(options, name)}"
+            )
+    load_experiment(options.run)  # says so where there is no run
     _use_opengl()
     experiment, learner, _, _ = load_rl_run(options.run, options.checkpoint, 1)
     try:
@@ -172,15 +175,37 @@ def _use_opengl() -> None:
     )
 
 
+def _file(options: Render) -> Path:
+    """Where the animation goes."""
+    if options.out is None:
+        suffix = ".gif" if _ffmpeg() is None else ".mp4"
+        return Path(options.run) / "plots" / f"agent{suffix}"
+    path = Path(options.out)
+    if path.suffix not in (".gif", ".mp4"):
+        raise UserError(f"--out {path}: expected a .gif or .mp4 file")
+    if path.suffix == ".mp4" and _ffmpeg() is None:
+        raise UserError(
+            f"--out {path}: an mp4 needs ffmpeg; pip install imageio-ffmpeg, install "
+            "ffmpeg, or choose a .gif"
+        )
+    return path
+
+
+def _ffmpeg() -> str | None:
+    """The program that writes mp4 files: imageio-ffmpeg's, or the system's."""
+    try:
+        import imageio_ffmpeg
+
+        found: str = imageio_ffmpeg.get_ffmpeg_exe()
+        return found
+    except (ImportError, RuntimeError):
+        return shutil.which("ffmpeg")
+
+
 def _write(path: Path, frames: list[NDArray[Any]], pace: float) -> None:
+    """Writes frames [H, W, 3] of bytes, ``pace`` a second."""
     if path.suffix == ".mp4":
-        try:
-            import imageio.v3 as imageio
-        except ImportError as error:
-            raise UserError(
-                "mp4 needs imageio: pip install imageio[ffmpeg], or choose a .gif"
-            ) from error
-        imageio.imwrite(path, np.stack(frames), fps=pace)
+        _write_mp4(path, frames, pace)
         return
     from PIL import Image
 
@@ -192,3 +217,23 @@ def _write(path: Path, frames: list[NDArray[Any]], pace: float) -> None:
         duration=round(1000 / pace),
         loop=0,
     )
+
+
+def _write_mp4(path: Path, frames: list[NDArray[Any]], pace: float) -> None:
+    height, width, _ = frames[0].shape
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    # players know no other layout of colours, which needs even sizes
+    coded = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"]
+    done = subprocess.run(
+        [
+            *(str(_ffmpeg()), "-y", "-loglevel", "error"),
+            *(*raw, "-r", f"{pace:g}", "-i", "-", *coded, str(path)),
+        ],
+        input=np.stack(frames).tobytes(),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = said[-1] if said else "it gave no reason"
+        raise UserError(f"ffmpeg could not write {path}: {reason}; choose a .gif")

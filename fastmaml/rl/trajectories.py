@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Samples:
         advantages: [T, N], zero where no step was taken.
         weights: [T, N].
         outputs: [T, N, Z] of the policy that drew the actions.
+        length: how many samples in a row are a trajectory; divides N.
     """
 
     x: Tensor
@@ -65,6 +66,7 @@ class Samples:
     advantages: Tensor
     weights: Tensor
     outputs: Tensor
+    length: int = 1
 
     @classmethod
     def of(cls, trajectories: Trajectories, advantages: Tensor) -> Samples:
@@ -83,10 +85,14 @@ class Samples:
             advantages=joined(advantages * mask),
             weights=joined(weights),
             outputs=joined(trajectories.outputs),
+            length=mask.shape[2],
         )
 
     def every(self, stride: int, first: int = 0) -> Samples:
-        """Every ``stride``-th sample from ``first`` on, of the same mean weight."""
+        """Every ``stride``-th sample from ``first`` on, of the same mean weight.
+
+        They are trajectories of one step then.
+        """
         if stride == 1:
             return self
 
@@ -106,4 +112,5 @@ class Samples:
 
     def double(self) -> Samples:
         """The same in float64."""
-        return Samples(*(getattr(self, n).double() for n in self.__dataclass_fields__))
+        names = ("x", "actions", "advantages", "weights", "outputs")
+        return replace(self, **{n: getattr(self, n).double() for n in names})

@@ -11,6 +11,8 @@ import os
 import pickle
 import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,24 @@ def load_checkpoint(
         )
     known = {f.name for f in fields(Checkpoint)}
     return Checkpoint(**{k: v for k, v in _restored(raw).items() if k in known})
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Says that a checkpoint is another run's where it does not fit this one.
+
+    Raises:
+        CheckpointError: in place of what a learner or torch finds wrong with it.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        found = " ".join(str(error).split())
+        found = found if len(found) < 200 else found[:200] + " ..."
+        raise CheckpointError(
+            f"{path} does not fit the settings of this run: {found}. Expected a "
+            "checkpoint that this run has written; put it back, or start another run"
+        ) from error
 
 
 def checkpoint_path(run_dir: str | os.PathLike[str], checkpoint: str) -> Path:

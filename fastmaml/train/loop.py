@@ -27,6 +27,7 @@ from fastmaml.train.checkpoint import (
     LAST,
     Checkpoint,
     CheckpointError,
+    fitting,
     non_finite,
     open_run,
     plain_settings,
@@ -219,8 +220,9 @@ class _Trainer:
 
     def _begin(self, resume: bool, iterations: int) -> None:
         found = open_run(self.run_dir, resume, iterations, self.parameters[0].device)
-        if found is not None:
-            self._restore(found)
+        if found is not None and self.run_dir is not None:
+            with fitting(self.run_dir / LAST):
+                self._restore(found)
 
     def _run(self, iterations: int, meta_batch: int, stop: StopSignals) -> None:
         sample, backward = self.tasks.sample, self.learner.backward

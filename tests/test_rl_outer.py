@@ -1,0 +1,83 @@
+"""Meta-updates by Adam, on fixed trajectories, against torch's on the restatement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rl_problem import RLProblem, problem, restated, restated_clipped
+
+from fastmaml.rl.adaptation import for_each_task
+from fastmaml.rl.learner import MetaRL, Update
+
+pytest.importorskip("gymnasium")
+
+RATE = 0.01
+
+
+def _learner(p: RLProblem, update: Update) -> MetaRL:
+    nowhere: Any = None  # trajectories are there already
+    return MetaRL(p.policy, nowhere, rates=p.rates, update=update)
+
+
+def _restated(p: RLProblem, update: Update, theta: torch.Tensor) -> torch.Tensor:
+    """Parameters [P] after the update, by autograd and torch's Adam."""
+    leaf = theta.clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], update.meta_lr)
+    for _ in range(1 if update.outer == "vpg" else update.ppo_epochs):
+        if update.outer == "vpg":
+            loss = restated(p, leaf)[0]
+        else:
+            loss = restated_clipped(p, leaf, update.ppo_clip, update.ppo_kl)
+        (leaf.grad,) = torch.autograd.grad(loss, leaf)
+        adam.step()
+    return leaf.detach()
+
+
+@pytest.mark.parametrize("engine", ["native", "functional"])
+@pytest.mark.parametrize(
+    "update",
+    [
+        Update("vpg", meta_lr=RATE),
+        Update("ppo", meta_lr=RATE, ppo_epochs=4),
+        Update("ppo", meta_lr=RATE, ppo_epochs=4, ppo_clip=0.01, ppo_kl=2.0),
+    ],
+    ids=["vpg", "ppo", "ppo, tight"],
+)
+def test_an_update_is_torchs_on_the_restatement(update: Update, engine: str) -> None:
+    p = problem("gaussian", "reinforce", 1, engine)
+    objective = p.objective()
+    want = _restated(p, update, objective.theta)
+    report = _learner(p, update)._move(objective)
+    got = objective.flat.join(p.policy.parameters())
+    # Adam divides by the gradient's size: rounding grows where that is small
+    assert (got - want).abs().max() < 1e-7
+    assert (want - objective.theta).abs().max() > 0.9 * RATE
+    assert report.accepted and report.kl > 0
+
+
+@pytest.mark.parametrize("outer", ["vpg", "ppo"])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_updates_lower_the_surrogate_of_fixed_trajectories(
+    outer: Any, steps: int
+) -> None:
+    p = problem("gaussian", "reinforce", steps)
+    objective = p.objective()
+    learner = _learner(p, Update(outer, meta_lr=1e-3))
+    best = objective.loss
+    for _ in range(5):
+        if outer == "vpg":  # its gradient is that of the old parameters alone
+            objective = p.objective()
+            best = objective.loss
+        report = learner._move(objective)
+        assert report.loss < best - 1e-6
+        assert report.loss_before == objective.loss
+        best = report.loss
+
+
+def test_a_policys_move_leaves_what_was_adapted_from_it() -> None:
+    theta = {"w": torch.ones(2, 3)}
+    own = for_each_task(theta, 1)
+    theta["w"].zero_()
+    assert own["w"].sum() == 6
