@@ -93,6 +93,9 @@ struct Launch {
 };
 void run_launch(const Launch& call);
 
+// Hands launches to `observe` instead of running them, in all OS threads; null: runs them again.
+void observe_launches(void (*observe)(const Launch&));
+
 template <class Params>
 void launch_named(const char* text, void (*kernel)(Params), dim3 grid, unsigned block,
                   std::size_t shared_bytes, const Exec&, const std::common_type_t<Params>& params) {
