@@ -27,7 +27,7 @@ from fastmaml.tasks.batch import TaskBatch
 
 OUTER_RATE = 1e-8
 OURS = "fastmaml"
-Engine = Literal["native", "functional"]
+Engine = Literal["native", "functional", "cpu_lockstep", "cuda_emulated"]
 LONG_COMPILES = ("omniglot-conv-5", "mini-imagenet")
 
 
@@ -53,7 +53,9 @@ class Contender:
     training_step: Callable[[], object] | None = None
 
 
-def make_learner(workload: Workload, engine: Engine, model: nn.Module) -> MAML:
+def make_learner(
+    workload: Workload, engine: Engine, model: nn.Module, memory: Any = "auto"
+) -> MAML:
     """Makes fastmaml's learner for a workload."""
     kept = batch_norm_parameters(model)
     return MAML(
@@ -63,6 +65,7 @@ def make_learner(workload: Workload, engine: Engine, model: nn.Module) -> MAML:
         inner_steps=workload.steps,
         adapted=lambda name: name not in kept,
         engine=engine,
+        memory=memory,
     )
 
 

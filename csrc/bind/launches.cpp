@@ -74,6 +74,8 @@ void note_layer(const char* pass, const LayerArgs<S>& a) {
         {"samples", a.samples},
         {"in", d.in.size()},
         {"out", d.out.size()},
+        {"channels_in", d.in.channels},
+        {"channels_out", d.out.channels},
         {"parameters", d.param_count},
         {"multiply_adds", product ? d.out.size() * taps * d.in.channels : 0},
         {"saved", saved_count(d, a.samples)},
