@@ -1,0 +1,315 @@
+"""Runs all that a GPU is needed for, stage by stage, and writes one JSON file.
+
+    bench/gpu.sh                # checks that there is a GPU, then runs this
+    python -m bench.gpu --dry   # on the CPU with CUDA emulated, tiny: tests the script
+
+Every stage is a process with a time limit of its own. One that fails or takes too long
+stands in the file with the tail of what it said, and the others still run; the file is
+written after each. ``workload NAME`` are those of ``bench.run``, all contenders on the
+same card in the same process, in interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import ROOT
+
+TAIL = 3000  # characters of a stage's output that are kept
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SUMMARY = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected)")
+# JAX takes memory as it needs it, and multiplies in float32 as everyone else
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        name: in the result.
+        command: what runs, in the root of the checkout.
+        limit: seconds after which it is ended, with all that it has started.
+        out: file that it writes its own result to, if it has one.
+        environment: beside that of this process.
+        aside: starts at once, and is waited for before the first workload.
+        needs: a program without which the stage is left out.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    out: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    aside: bool = False
+    needs: str | None = None
+
+
+# -- running one --------------------------------------------------------------------
+
+
+def start(stage: Stage, log: Path) -> subprocess.Popen[bytes]:
+    """Starts a stage in a process group of its own, its output into a file."""
+    with log.open("wb") as target:
+        return subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            stdout=target,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT, **stage.environment},
+            start_new_session=True,
+        )
+
+
+def wait(
+    stage: Stage, process: subprocess.Popen[bytes], log: Path, began: float
+) -> Result:
+    """Waits until a stage ends, or ends it, and tells how it went.
+
+    Returns:
+        ``status`` (ok, failed, timed out), ``seconds``, ``limit``, and what else there
+        is: ``exit``, ``tail`` of a stage that is not ok, ``tests`` counted by pytest.
+    """
+    left = max(0.1, stage.limit - (time.perf_counter() - began))
+    try:
+        code = process.wait(left)
+        status = "ok" if code == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        code, status = None, "timed out"
+    result: Result = {
+        "status": status,
+        "seconds": round(time.perf_counter() - began, 1),
+        "limit": stage.limit,
+    }
+    from bench.facts import without_paths
+
+    text = without_paths(log.read_text(errors="replace"))
+    if status != "ok":
+        result |= {"exit": code, "tail": text[-TAIL:]}
+    if "pytest" in stage.command:
+        lines = text.strip().splitlines() or [""]
+        result["tests"] = {w: int(n) for n, w in SUMMARY.findall(lines[-1])}
+    return result
+
+
+# -- which there are ----------------------------------------------------------------
+
+
+def tests_of_backends() -> list[str]:
+    """Files whose tests run on every backend that a build has, or on ``cuda``."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if "backends.usable" in text or "backends.why_not" in text:
+            found.append(f"tests/{path.name}")
+        elif "on_every_backend" in text:
+            found.append(f"tests/{path.name}")
+    return found
+
+
+def _has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def stages(folder: Path, dry: bool, workloads: Sequence[str]) -> list[Stage]:
+    """All stages in their order.
+
+    Args:
+        folder: of the files that they write.
+        dry: on the CPU, tiny, with the extension that is there.
+        workloads: names.
+    """
+    device = "cpu" if dry else "cuda"
+    python = sys.executable
+    tiny = ("--tiny",) if dry else ()
+
+    def own(name: str, limit: float, aside: bool = False) -> Stage:
+        out = folder / f"{name}.json"
+        command = (python, "-m", "bench.gpu_stages", name, "--device", device)
+        return Stage(
+            name, (*command, "--out", str(out), *tiny), limit, out, aside=aside
+        )
+
+    found = [own("compile", 240, aside=True)]
+    if not dry:
+        build = {"FASTMAML_CUDA": "ON", "FASTMAML_ISA": "native"}
+        command = (python, "setup.py", "-q", "build_ext", "--inplace")
+        found.append(Stage("build", command, 200, environment=build))
+    backend = "cuda_emulated" if dry else "cuda"
+    files = ["tests/test_native_updates.py"] if dry else tests_of_backends()
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    many = ("-n", "8") if _has("xdist") and not dry else ()
+    some = ("-k", "sinusoid") if dry else ()
+    only = {"FASTMAML_TEST_BACKENDS": backend}
+    whole = ("pytest", *pytest[3:], *many, *some)
+    found.append(Stage("tests", (python, "-m", *whole), 150, environment=only))
+    small = own("small", 60)
+    found.append(small)
+    for tool in () if dry else TOOLS:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        name = f"sanitizer {tool}"
+        out = folder / f"{tool}.json"
+        inner = [str(out) if c == str(small.out) else c for c in small.command]
+        found.append(Stage(name, (*command, *inner), 60, out, needs=command[0]))
+    found.append(own("ceilings", 60))
+    for name in workloads:
+        out = folder / f"workload-{name}.json"
+        command = (python, "-m", "bench.run", "--device", device, "--workloads", name)
+        size = ("--quick", *tiny, "--rounds", "2", "--engines", "cuda_emulated")
+        full = ("--budget", "1", "--rounds", "15", "--first-call-limit", "60")
+        command = (*command, "--no-memory", "--out", str(out), *(size if dry else full))
+        found.append(Stage(f"workload {name}", command, 150 if dry else 75, out))
+    found.append(own("kernels", 60))
+    return found
+
+
+# -- all of them --------------------------------------------------------------------
+
+
+def merge(result: Result, stage: Stage) -> None:
+    """Takes what a stage has written into the result, as far as it came."""
+    if stage.out is None or not stage.out.exists():
+        return
+    got = json.loads(stage.out.read_text())
+    if not stage.name.startswith("workload "):
+        result[stage.name.replace("sanitizer ", "errors under ")] = got
+        return
+    result["workloads"] |= got["workloads"]
+    best = max(got["peak"].values()), result["peak"]
+    result["peak"] = {
+        k: max(v, best[1].get(k, 0.0)) for k, v in {**got["peak"]}.items()
+    }
+    for key in ("plan", "environment"):
+        result[key] = got[key]
+
+
+def shares(result: Result) -> None:
+    """Relates everyone's time to the best FP32 product of the run."""
+    from bench import cost
+
+    best = max(
+        result["peak"].get("matrix_flops", 0.0),
+        result.get("ceilings", {}).get("fp32_flops", 0.0),
+    )
+    result["peak"]["matrix_flops"] = best
+    for workload in result["workloads"].values():
+        for row in workload["contenders"].values():
+            seconds = row["meta_gradient"]["median"] / 1e3
+            flops = workload["cost"]["flops"]
+            row["percent_of_peak"] = cost.percent_of_peak(flops, seconds, best)
+
+
+def _facts(device: str) -> Result:
+    """Of a fresh process: this one must not load an extension that is yet to be built."""
+    code = "import json, sys; from bench import facts; print(json.dumps(facts.collect(sys.argv[1])))"
+    command = [sys.executable, "-c", code, device]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:
+        return {"facts": done.stderr.strip().splitlines()[-1:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(chosen: Sequence[Stage], out: Path, dry: bool, commit: str | None) -> Result:
+    """Runs the stages and writes the result after each."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    result: Result = {
+        "kind": "gpu",
+        "device": "cpu" if dry else "cuda",
+        "quick": dry,
+        "date": now.isoformat("T", "seconds"),
+        "command": "bench/gpu.sh" + (" --dry" if dry else ""),
+        "peak": {},
+        "stages": {},
+        "workloads": {},
+    }
+
+    def done(stage: Stage, told: Result) -> None:
+        result["stages"][stage.name] = told
+        merge(result, stage)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{stage.name}: {told['status']}, {told['seconds']} s", flush=True)
+
+    with tempfile.TemporaryDirectory() as logs:
+        aside: dict[Stage, tuple[subprocess.Popen[bytes], Path, float]] = {}
+        todo = [s for s in chosen if not s.aside]
+        try:
+            for i, stage in enumerate(s for s in chosen if s.aside):
+                log = Path(logs) / f"aside-{i}"
+                aside[stage] = (start(stage, log), log, time.perf_counter())
+            for i, stage in enumerate(todo):
+                timed = stage.name.startswith(("workload ", "ceilings", "kernels"))
+                while timed and aside:  # nothing else runs beside what is timed
+                    other, (process, log, began) = aside.popitem()
+                    done(other, wait(other, process, log, began))
+                if stage.needs and shutil.which(stage.needs) is None:
+                    reason = f"no {stage.needs} on PATH"
+                    done(stage, {"status": "left out", "seconds": 0, "tail": reason})
+                    continue
+                log, began = Path(logs) / str(i), time.perf_counter()
+                done(stage, wait(stage, start(stage, log), log, began))
+        finally:
+            for other, (process, log, began) in aside.items():
+                done(other, wait(other, process, log, began))
+    result |= {k: v for k, v in _facts(result["device"]).items() if k != "date"}
+    result["commit"] = commit or result.get("commit")
+    shares(result)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs from the command line.
+
+    Returns:
+        0 if every stage went well, else 1.
+    """
+    names = json.loads(
+        (ROOT / "bench" / "results" / "cuda-prediction.json").read_text()
+    )
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
+    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny")
+    parser.add_argument("--only", nargs="+", help="stages, by the start of their names")
+    parser.add_argument("--commit", help="of a checkout that has lost its .git")
+    options = parser.parse_args(argv)
+    workloads = ["sinusoid-1"] if options.dry else list(names["workloads"])
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = stages(Path(folder), options.dry, workloads)
+        if options.only:
+            chosen = [s for s in chosen if s.name.startswith(tuple(options.only))]
+        if not chosen:
+            parser.error(f"--only {options.only}: there is no such stage")
+        result = run(chosen, options.out.resolve(), options.dry, options.commit)
+    wrong = [n for n, s in result["stages"].items() if s["status"] != "ok"]
+    print(f"wrote {options.out}" + (f"; not ok: {', '.join(wrong)}" if wrong else ""))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
