@@ -4,19 +4,20 @@
     python -m bench.gpu --dry   # on the CPU with CUDA emulated, tiny: tests the script
 
 Every stage is a process with a time limit of its own. One that fails or takes too long
-stands in the file with the tail of what it said, and the others still run; the file is
-written after each. ``workload NAME`` are those of ``bench.run``, all contenders on the
-same card in the same process, in interleaved rounds.
+stands in the file with the tail of what it said, and the others still run, as long as
+``--budget`` lasts; the file is written after each. What is timed runs alone.
+``workload NAME`` are those of ``bench.run``: all contenders on the same card in the
+same process, in interleaved rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,12 @@ SUMMARY = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected)")
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "fastmaml-jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
+
+LEAST = 5.0  # seconds without which no stage is started
+FIRST = ("sinusoid-1", "omniglot-conv-1", "mini-imagenet", "policy")  # have targets
 
 Result = dict[str, Any]
 
@@ -51,8 +57,8 @@ class Stage:
         limit: seconds after which it is ended, with all that it has started.
         out: file that it writes its own result to, if it has one.
         environment: beside that of this process.
-        aside: starts at once, and is waited for before the first workload.
-        needs: a program without which the stage is left out.
+        together: stages in a row that share this name run at the same time; nothing
+            that is timed has one.
     """
 
     name: str
@@ -60,8 +66,7 @@ class Stage:
     limit: float
     out: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    aside: bool = False
-    needs: str | None = None
+    together: str = ""
 
 
 # -- running one --------------------------------------------------------------------
@@ -81,7 +86,11 @@ def start(stage: Stage, log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait(
-    stage: Stage, process: subprocess.Popen[bytes], log: Path, began: float
+    stage: Stage,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    began: float,
+    limit: float,
 ) -> Result:
     """Waits until a stage ends, or ends it, and tells how it went.
 
@@ -89,7 +98,7 @@ def wait(
         ``status`` (ok, failed, timed out), ``seconds``, ``limit``, and what else there
         is: ``exit``, ``tail`` of a stage that is not ok, ``tests`` counted by pytest.
     """
-    left = max(0.1, stage.limit - (time.perf_counter() - began))
+    left = max(0.1, limit - (time.perf_counter() - began))
     try:
         code = process.wait(left)
         status = "ok" if code == 0 else "failed"
@@ -100,7 +109,7 @@ def wait(
     result: Result = {
         "status": status,
         "seconds": round(time.perf_counter() - began, 1),
-        "limit": stage.limit,
+        "limit": round(limit, 1),
     }
     from bench.facts import without_paths
 
@@ -146,43 +155,40 @@ def stages(folder: Path, dry: bool, workloads: Sequence[str]) -> list[Stage]:
     python = sys.executable
     tiny = ("--tiny",) if dry else ()
 
-    def own(name: str, limit: float, aside: bool = False) -> Stage:
+    def own(name: str, limit: float, together: str = "") -> Stage:
         out = folder / f"{name}.json"
         command = (python, "-m", "bench.gpu_stages", name, "--device", device)
-        return Stage(
-            name, (*command, "--out", str(out), *tiny), limit, out, aside=aside
-        )
+        command = (*command, "--out", str(out), *tiny)
+        return Stage(name, command, limit, out, together=together)
 
-    found = [own("compile", 240, aside=True)]
+    found = []
     if not dry:
         build = {"FASTMAML_CUDA": "ON", "FASTMAML_ISA": "native"}
         command = (python, "setup.py", "-q", "build_ext", "--inplace")
-        found.append(Stage("build", command, 200, environment=build))
+        found.append(Stage("build", command, 240, environment=build))
     backend = "cuda_emulated" if dry else "cuda"
     files = ["tests/test_native_updates.py"] if dry else tests_of_backends()
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
-    many = ("-n", "8") if _has("xdist") and not dry else ()
-    some = ("-k", "sinusoid") if dry else ()
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    pytest += ["-k", "sinusoid"] if dry else []
+    pytest += ["-n", "8"] if not dry and _has("xdist") else []
     only = {"FASTMAML_TEST_BACKENDS": backend}
-    whole = ("pytest", *pytest[3:], *many, *some)
-    found.append(Stage("tests", (python, "-m", *whole), 150, environment=only))
-    small = own("small", 60)
-    found.append(small)
-    for tool in () if dry else TOOLS:
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        name = f"sanitizer {tool}"
-        out = folder / f"{tool}.json"
-        inner = [str(out) if c == str(small.out) else c for c in small.command]
-        found.append(Stage(name, (*command, *inner), 60, out, needs=command[0]))
-    found.append(own("ceilings", 60))
+    tests = Stage("tests", tuple(pytest), 150, environment=only, together="checks")
+    small = own("small", 60, "checks")
+    found += [tests, small, own("compile", 170, "checks")]
+    found += [own("ceilings", 40), own("kernels", 60)]
     for name in workloads:
         out = folder / f"workload-{name}.json"
         command = (python, "-m", "bench.run", "--device", device, "--workloads", name)
         size = ("--quick", *tiny, "--rounds", "2", "--engines", "cuda_emulated")
-        full = ("--budget", "1", "--rounds", "15", "--first-call-limit", "60")
+        full = ("--budget", "1", "--rounds", "15", "--first-call-limit", "30")
         command = (*command, "--no-memory", "--out", str(out), *(size if dry else full))
-        found.append(Stage(f"workload {name}", command, 150 if dry else 75, out))
-    found.append(own("kernels", 60))
+        found.append(Stage(f"workload {name}", command, 150 if dry else 90, out))
+    for tool in () if dry else TOOLS:
+        out = folder / f"{tool}.json"
+        inner = [str(out) if c == str(small.out) else c for c in small.command]
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *inner)
+        name = f"sanitizer {tool}"
+        found.append(Stage(name, command, 100, out, together="sanitizers"))
     return found
 
 
@@ -198,12 +204,9 @@ def merge(result: Result, stage: Stage) -> None:
         result[stage.name.replace("sanitizer ", "errors under ")] = got
         return
     result["workloads"] |= got["workloads"]
-    best = max(got["peak"].values()), result["peak"]
-    result["peak"] = {
-        k: max(v, best[1].get(k, 0.0)) for k, v in {**got["peak"]}.items()
-    }
-    for key in ("plan", "environment"):
-        result[key] = got[key]
+    for what, value in got["peak"].items():
+        result["peak"][what] = max(value, result["peak"].get(what, 0.0))
+    result["plan"] = got["plan"]
 
 
 def shares(result: Result) -> None:
@@ -223,19 +226,54 @@ def shares(result: Result) -> None:
 
 
 def _facts(device: str) -> Result:
-    """Of a fresh process: this one must not load an extension that is yet to be built."""
-    code = "import json, sys; from bench import facts; print(json.dumps(facts.collect(sys.argv[1])))"
-    command = [sys.executable, "-c", code, device]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120
+    """Of a fresh process, which loads the extension that has just been built."""
+    code = (
+        "import json; from bench import facts; print(json.dumps(facts.collect({!r})))"
     )
+    command = [sys.executable, "-c", code.format(device)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return {"facts": done.stderr.strip().splitlines()[-1:]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(chosen: Sequence[Stage], out: Path, dry: bool, commit: str | None) -> Result:
+def _batch(chosen: Sequence[Stage], logs: Path, end: float) -> list[Result]:
+    """Runs stages at the same time, none beyond ``end``."""
+    began = time.perf_counter()
+    if end - began < LEAST:
+        told = {"status": "left out", "seconds": 0, "tail": "no time was left"}
+        return [dict(told) for _ in chosen]
+    running: list[subprocess.Popen[bytes] | str] = []
+    results = []
+    try:
+        for i, stage in enumerate(chosen):
+            try:
+                running.append(start(stage, logs / str(i)))
+            except OSError as error:
+                running.append(f"{Path(stage.command[0]).name}: {error.strerror}")
+        for i, (stage, process) in enumerate(zip(chosen, running, strict=True)):
+            if isinstance(process, str):
+                results.append({"status": "failed", "seconds": 0, "tail": process})
+                continue
+            limit = min(stage.limit, end - began)
+            results.append(wait(stage, process, logs / str(i), began, limit))
+    finally:  # an interrupted run leaves nothing behind
+        for process in running:
+            if not isinstance(process, str) and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return results
+
+
+def run(
+    chosen: Sequence[Stage],
+    out: Path,
+    dry: bool,
+    commit: str | None = None,
+    budget: float = 570.0,
+) -> Result:
     """Runs the stages and writes the result after each."""
+    end = time.perf_counter() + budget
     now = datetime.datetime.now(datetime.timezone.utc)
     result: Result = {
         "kind": "gpu",
@@ -248,38 +286,24 @@ def run(chosen: Sequence[Stage], out: Path, dry: bool, commit: str | None) -> Re
         "workloads": {},
     }
 
-    def done(stage: Stage, told: Result) -> None:
-        result["stages"][stage.name] = told
-        merge(result, stage)
+    def save() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{stage.name}: {told['status']}, {told['seconds']} s", flush=True)
 
-    with tempfile.TemporaryDirectory() as logs:
-        aside: dict[Stage, tuple[subprocess.Popen[bytes], Path, float]] = {}
-        todo = [s for s in chosen if not s.aside]
-        try:
-            for i, stage in enumerate(s for s in chosen if s.aside):
-                log = Path(logs) / f"aside-{i}"
-                aside[stage] = (start(stage, log), log, time.perf_counter())
-            for i, stage in enumerate(todo):
-                timed = stage.name.startswith(("workload ", "ceilings", "kernels"))
-                while timed and aside:  # nothing else runs beside what is timed
-                    other, (process, log, began) = aside.popitem()
-                    done(other, wait(other, process, log, began))
-                if stage.needs and shutil.which(stage.needs) is None:
-                    reason = f"no {stage.needs} on PATH"
-                    done(stage, {"status": "left out", "seconds": 0, "tail": reason})
-                    continue
-                log, began = Path(logs) / str(i), time.perf_counter()
-                done(stage, wait(stage, start(stage, log), log, began))
-        finally:
-            for other, (process, log, began) in aside.items():
-                done(other, wait(other, process, log, began))
+    names = {s.name: s.together or s.name for s in chosen}
+    for _, group in itertools.groupby(chosen, key=lambda s: names[s.name]):
+        batch = list(group)
+        with tempfile.TemporaryDirectory() as logs:
+            told = _batch(batch, Path(logs), end)
+        for stage, one in zip(batch, told, strict=True):
+            result["stages"][stage.name] = one
+            merge(result, stage)
+            print(f"{stage.name}: {one['status']}, {one['seconds']} s", flush=True)
+        save()
     result |= {k: v for k, v in _facts(result["device"]).items() if k != "date"}
     result["commit"] = commit or result.get("commit")
     shares(result)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    save()
     return result
 
 
@@ -289,23 +313,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 if every stage went well, else 1.
     """
-    names = json.loads(
-        (ROOT / "bench" / "results" / "cuda-prediction.json").read_text()
-    )
+    from bench.workloads import WORKLOADS
+
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny")
     parser.add_argument("--only", nargs="+", help="stages, by the start of their names")
     parser.add_argument("--commit", help="of a checkout that has lost its .git")
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds of all")
     options = parser.parse_args(argv)
-    workloads = ["sinusoid-1"] if options.dry else list(names["workloads"])
+    workloads = sorted(WORKLOADS, key=lambda n: n not in FIRST)
+    workloads = workloads[:1] if options.dry else workloads
     with tempfile.TemporaryDirectory() as folder:
         chosen = stages(Path(folder), options.dry, workloads)
         if options.only:
             chosen = [s for s in chosen if s.name.startswith(tuple(options.only))]
         if not chosen:
             parser.error(f"--only {options.only}: there is no such stage")
-        result = run(chosen, options.out.resolve(), options.dry, options.commit)
+        result = run(
+            chosen,
+            options.out.resolve(),
+            options.dry,
+            options.commit,
+            options.budget,
+        )
     wrong = [n for n, s in result["stages"].items() if s["status"] != "ok"]
     print(f"wrote {options.out}" + (f"; not ok: {', '.join(wrong)}" if wrong else ""))
     return int(bool(wrong))

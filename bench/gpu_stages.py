@@ -5,8 +5,8 @@
 ``ceilings``   copy bandwidth, and matrix products in FP32 and TF32
 ``kernels``    time of every kernel in a meta-gradient, against those ceilings and the
                bytes and operations that ``bench.predict`` has recorded for it
-``compile``    calls torch.compile's peers once, so that later processes find their
-               kernels in its cache
+``compile``    calls the peers that compile once, many at a time, so that later
+               processes find what they need in the compilers' caches
 ``small``      small meta-gradients of every kind of layer, for the sanitizers
 
 On the CPU (``--device cpu``) they do the same with the emulated backend, if there is
@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import ROOT, contenders, cost, peers
+from bench import ROOT, contenders, cost, peers, run
 from bench.cuda_kernels import short
 from bench.workloads import WORKLOADS, Workload
 from fastmaml.engines.placement import missing
@@ -33,7 +33,8 @@ CALLS = 5  # meta-gradients under the profiler
 FORMS = ("outputs", "inputs", "weights")  # of bilinear_kernel's last template argument
 SMALL = ("sinusoid-1", "omniglot-conv-1", "omniglot-fc", "mini-imagenet", "policy")
 TINY = {"tasks": 2, "support": 5, "query": 5, "steps": 1}
-WRONG = 1e-3  # relative error of a small meta-gradient against float64
+COMPILERS = 6  # at a time
+COMPILE_LIMIT = 100.0  # seconds
 PREDICTION = ROOT / "bench" / "results" / "cuda-prediction.json"
 
 Result = dict[str, Any]
@@ -133,14 +134,14 @@ def profiled(call: Callable[[], object], calls: int, device: str) -> list:
 
     on_gpu = device != "cpu"
     wanted = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=wanted) as run:
+    with profile(activities=wanted) as seen:
         for _ in range(calls):
             call()
         if on_gpu:
             torch.cuda.synchronize(device)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     found = []
-    for event in run.events():
+    for event in seen.events():
         seconds = 1e-6 * (event.device_time if on_gpu else event.cpu_time)
         if event.device_type == kind and not event.name.startswith("Mem"):
             found.append((event.name, seconds))
@@ -172,22 +173,21 @@ def kernels(device: str, tiny: bool) -> Result:
 
 
 def compile_peers(device: str, tiny: bool) -> Result:
-    """Seconds of the first call of torch.compile's peer on every workload."""
-    from bench.timing import time_call
-
-    found = {}
-    for name, workload in WORKLOADS.items():
-        peer = "vmap + torch.compile"
-        if contenders.reason_to_skip(workload, peer, False, device):
-            continue
-        if tiny:
-            if name != "sinusoid-1":
-                continue
-            workload = workload.resized(**TINY)
-        contender = contenders.make(workload, peer, device)
-        tasks = contender.prepare(workload.batch())
-        found[name] = time_call(lambda c=contender, t=tasks: c.meta_gradient(t), 1)
-        print(f"{name}: {found[name]:.1f} s", file=sys.stderr, flush=True)
+    """First calls of the peers that compile: workload -> peer -> ``run.probe``'s."""
+    asked = [
+        (workload, name)
+        for workload in WORKLOADS.values()
+        for name in contenders.names()
+        if contenders.compiles(name)
+        and not contenders.reason_to_skip(workload, name, False, device)
+    ]
+    if tiny:
+        asked = asked[:1]
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        told = pool.map(lambda w: run.probe(*w, COMPILE_LIMIT, device), asked)
+    found: Result = {}
+    for (workload, name), answer in zip(asked, told, strict=True):
+        found.setdefault(workload.name, {})[name] = answer
     return found
 
 
@@ -195,7 +195,7 @@ def small(device: str, tiny: bool) -> Result:
     """Relative errors of small meta-gradients followed by Adam.
 
     Raises:
-        SystemExit: if one is off by more than ``WRONG``.
+        SystemExit: if one is off by more than ``run.WRONG``.
     """
     found = {}
     for name in SMALL[:1] if tiny else SMALL:
@@ -211,7 +211,7 @@ def small(device: str, tiny: bool) -> Result:
         contender.meta_step(tasks)
         if contender.finish is not None:
             contender.finish(None)
-    if wrong := {n: e for n, e in found.items() if not e <= WRONG}:
+    if wrong := {n: e for n, e in found.items() if not e <= run.WRONG}:
         raise SystemExit(f"wrong meta-gradients: {wrong}")
     return found
 
