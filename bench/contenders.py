@@ -196,10 +196,13 @@ def jax_peer(workload: Workload, name: str, device: str = "cpu") -> Contender:
     )
 
 
-def names(engines: Sequence[Engine] = ("native",)) -> list[str]:
-    """Returns the names of all contenders, fastmaml's first."""
+def names(
+    engines: Sequence[Engine] = ("native",), chosen: Sequence[str] | None = None
+) -> list[str]:
+    """Returns the names of all contenders, fastmaml's first, or of the chosen peers."""
     mine = [OURS if e == "native" else f"{OURS} ({e} engine)" for e in engines]
-    return [*mine, *peers.PEERS, *peers_jax.PEERS]
+    everyone = [*peers.PEERS, *peers_jax.PEERS]
+    return mine + [n for n in everyone if chosen is None or n in chosen]
 
 
 def make(workload: Workload, name: str, device: str = "cpu") -> Contender:

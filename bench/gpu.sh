@@ -21,9 +21,8 @@ refuse() {
 
 if [ -z "$dry" ]; then
   if ! command -v nvcc > /dev/null; then
-    for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do
-      if [ -n "$home" ] && [ -x "$home/bin/nvcc" ]; then PATH="$home/bin:$PATH" && break; fi
-    done
+    home="${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}"
+    if [ -x "$home/bin/nvcc" ]; then PATH="$home/bin:$PATH"; fi
   fi
   command -v nvcc > /dev/null ||
     refuse "no nvcc on PATH or below CUDA_HOME: install the CUDA toolkit 12 or 13, or try --dry"

@@ -170,7 +170,7 @@ def assemble(workload: Workload, options: argparse.Namespace, log: Log) -> Field
     field = Field(skipped=peers.unavailable())
     batches = [workload.batch(seed) for seed in range(BATCHES)]
     wants = _references(workload, batches, options.device)
-    for name in contenders.names(options.engines):
+    for name in contenders.names(options.engines, options.peers):
         if reason := contenders.reason_to_skip(
             workload, name, options.compile_all, options.device
         ):
@@ -342,6 +342,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=["native"],
         help="of fastmaml; ratios are against the first",
     )
+    add("--peers", nargs="*", help="that take part (default all), by name")
     add("--rounds", type=int, help="most samples of a contender (default 25)")
     add("--budget", type=float, default=10.0, help="seconds per contender and quantity")
     add(
