@@ -97,6 +97,8 @@ def wait(
     Returns:
         ``status`` (ok, failed, timed out), ``seconds``, ``limit``, and what else there
         is: ``exit``, ``tail`` of a stage that is not ok, ``tests`` counted by pytest.
+        Stages of one batch are waited for in turn, so ``seconds`` is at most when one
+        was seen to have ended.
     """
     left = max(0.1, limit - (time.perf_counter() - began))
     try:
@@ -172,24 +174,26 @@ def stages(folder: Path, dry: bool, workloads: Sequence[str]) -> list[Stage]:
     pytest += ["-k", "sinusoid and adam"] if dry else []
     pytest += ["-n", "8"] if not dry and _has("xdist") else []
     only = {"FASTMAML_TEST_BACKENDS": backend}
-    tests = Stage("tests", tuple(pytest), 150, environment=only, together="checks")
-    small = own("small", 60, "checks")
-    found += [tests, small, own("compile", 170, "checks")]
+    tests = Stage("tests", tuple(pytest), 170, environment=only, together="checks")
+    small = own("small", 120, "checks")
+    compiled = own("compile", 170, "checks")
+    found += [tests, small, compiled]
+    for tool in () if dry else TOOLS:
+        out = folder / f"{tool}.json"
+        inner = [str(out) if c == str(small.out) else c for c in small.command]
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *inner)
+        name = f"sanitizer {tool}"
+        found.append(Stage(name, command, 170, out, together="checks"))
     found += [own("ceilings", 40), own("kernels", 60)]
     for name in workloads:
         out = folder / f"workload-{name}.json"
         command = (python, "-m", "bench.run", "--device", device, "--workloads", name)
         size = ("--quick", *tiny, "--rounds", "2", "--peers", "vmap of grad")
         size = (*size, "--engines", "cuda_emulated")
-        full = ("--budget", "1", "--rounds", "15", "--first-call-limit", "30")
+        full = ("--budget", "0.5", "--rounds", "11", "--first-call-limit", "30")
+        full = (*full, "--probed", str(compiled.out))
         command = (*command, "--no-memory", "--out", str(out), *(size if dry else full))
         found.append(Stage(f"workload {name}", command, 150 if dry else 90, out))
-    for tool in () if dry else TOOLS:
-        out = folder / f"{tool}.json"
-        inner = [str(out) if c == str(small.out) else c for c in small.command]
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *inner)
-        name = f"sanitizer {tool}"
-        found.append(Stage(name, command, 100, out, together="sanitizers"))
     return found
 
 

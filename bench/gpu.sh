@@ -11,6 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
+# the Python's own cmake and ninja
+PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"
 dry=
 for argument in "$@"; do [ "$argument" = --dry ] && dry=1; done
 

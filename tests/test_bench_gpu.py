@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: fastmaml itself comes from where it is installed
 
 from bench import contenders, cost, gpu, gpu_stages, peers_jax, report, timing  # noqa: E402
+from bench import run as run_module  # noqa: E402
 from bench.gpu import Stage  # noqa: E402
 from bench.workloads import WORKLOADS  # noqa: E402
 from fastmaml.engines.placement import missing  # noqa: E402
@@ -98,6 +99,7 @@ def test_the_stages_on_a_gpu(tmp_path):
     assert {f"workload {n}" for n in WORKLOADS} <= set(found)
     assert {f"sanitizer {t}" for t in gpu.TOOLS} <= set(found)
     timed = [s for n, s in found.items() if n.startswith(("work", "ceil", "kern"))]
+    assert list(found)[0] == "build" and list(found)[-1].startswith("workload")
     assert timed and not any(s.together for s in timed)
     files = gpu.tests_of_backends()
     assert {"tests/test_cuda_learner.py", "tests/test_captured_step.py"} <= set(files)
@@ -319,3 +321,29 @@ def test_the_report_survives_a_run_of_which_nothing_was_left(checkout):
     (folder / "card.json").write_text(json.dumps(empty))
     assert write() == 0
     assert "Not ok: build (failed)" in (folder / "README.md").read_text()
+
+
+def test_what_compilers_have_shown_before_is_not_asked_again(tmp_path, monkeypatch):
+    asked = []
+
+    def probe(workload, name, limit, device):
+        asked.append((name, limit, device))
+        return {"alone_ms": 1.0}
+
+    monkeypatch.setattr(run_module, "probe", probe)
+    workload, file = WORKLOADS["sinusoid-1"], tmp_path / "compile.json"
+    compiler = "vmap + torch.compile"
+
+    def found(name, *more):
+        options = run_module.parse(["--first-call-limit", "7", *more])
+        return run_module._found_alone(workload, name, options)
+
+    before = ("--probed", str(file))
+    assert found(compiler, *before) == {"alone_ms": 1.0}  # there is no such file
+    assert found("vmap of grad", *before) == {}
+    assert asked == [(compiler, 7.0, "cpu")]
+    file.write_text(json.dumps({"sinusoid-1": {compiler: {"skipped": "too long"}}}))
+    assert found(compiler, *before) == {"skipped": "too long"}
+    assert found("vmap of grad", *before) == {} and len(asked) == 1
+    assert found("vmap of grad", "--quick") == {} and len(asked) == 1
+    assert found("vmap of grad") == {"alone_ms": 1.0}
