@@ -62,7 +62,15 @@ def test_a_grid_that_leaves_multiprocessors_idle():
 
 @pytest.mark.parametrize(
     ("registers", "shared", "blocks"),
-    [(32, 0, 8), (33, 0, 6), (64, 0, 4), (255, 0, 1), (32, 56 << 10, 4), (32, 1024, 8)],
+    [
+        (16, 0, 8),
+        (32, 0, 8),
+        (33, 0, 6),
+        (64, 0, 4),
+        (255, 0, 1),
+        (32, 56 << 10, 4),
+        (32, 1024, 8),
+    ],
 )
 def test_what_a_multiprocessor_holds(registers, shared, blocks):
     assert predict.resident_blocks(replace(FULL, shared=shared), registers) == blocks
