@@ -149,8 +149,9 @@ def test_launches_that_are_not_understood_are_refused():
 
 def test_a_kernel_that_does_whole_tasks_does_it_all():
     whole = cost.cost(WORKLOADS["sinusoid-1"])
-    kernel = (-1, "task_resident_kernel<S>(P)", (25, 1, 1), 256, 1024)
-    (launch,) = launches.counted([], [kernel], whole)
+    kernel = (0, "task_resident_kernel<S>(P)", (25, 1, 1), 256, 1024)
+    before = ("vector", "gather", {"elements": 7})
+    (launch,) = launches.counted([before], [kernel], whole)
     assert (launch.flops, launch.bytes) == (whole.flops, whole.bytes // 4 * 4)
     assert (launch.kernel, launch.blocks) == ("task_resident_kernel", 25)
 
