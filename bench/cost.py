@@ -18,14 +18,14 @@ The gradient of step k is counted once: the product reuses its activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bench.timing import time_call
+from bench.timing import finishing, time_call
 from bench.workloads import Workload
 
 FLOAT_BYTES = 4
@@ -127,8 +127,13 @@ def cost(workload: Workload) -> Cost:
     )
 
 
+def waits(device: str) -> Callable[[object], object] | None:
+    """Returns what waits for a device's work, ``None`` where calls return when done."""
+    return None if device == "cpu" else lambda _: torch.cuda.synchronize(device)
+
+
 def matrix_peak(
-    size: int = 2048, repeats: int = 8, threads: int | None = None
+    size: int = 2048, repeats: int = 8, threads: int | None = None, device: str = "cpu"
 ) -> float:
     """Measures the best float32 matrix product, in operations a second.
 
@@ -139,26 +144,29 @@ def matrix_peak(
         size: of the matrices.
         repeats: of which the best counts.
         threads: of torch, by default as many as it has.
+        device: of the matrices; on a GPU, TF32 is as torch is told.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        a, b, out = (torch.rand(size, size) for _ in range(3))
-        torch.mm(a, b, out=out)
-        best = min(
-            time_call(lambda: torch.mm(a, b, out=out), 1) for _ in range(repeats)
-        )
+        a, b, out = (torch.rand(size, size, device=device) for _ in range(3))
+        call = finishing(lambda: torch.mm(a, b, out=out), waits(device))
+        time_call(call, 1)
+        best = min(time_call(call, 1) for _ in range(repeats))
     finally:
         torch.set_num_threads(before)
     return 2 * size**3 / best
 
 
-def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+def copy_bandwidth(
+    megabytes: int = 256, repeats: int = 5, device: str = "cpu"
+) -> float:
     """Measures the best copy in memory, bytes read plus written a second."""
-    source = torch.rand(megabytes * 2**20 // FLOAT_BYTES)
+    source = torch.rand(megabytes * 2**20 // FLOAT_BYTES, device=device)
     target = torch.empty_like(source)
-    target.copy_(source)
-    best = min(time_call(lambda: target.copy_(source), 1) for _ in range(repeats))
+    call = finishing(lambda: target.copy_(source), waits(device))
+    time_call(call, 1)
+    best = min(time_call(call, 1) for _ in range(repeats))
     return 2 * source.numel() * FLOAT_BYTES / best
 
 

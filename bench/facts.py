@@ -23,6 +23,8 @@ SHOWN_VARIABLES = (
     "GOMP_SPINCOUNT",
     "KMP_BLOCKTIME",
     "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "JAX_DEFAULT_MATMUL_PRECISION",
     "FASTMAML_CORE_PATH",
 )
 
@@ -72,7 +74,31 @@ def _native() -> dict[str, Any]:
     }
 
 
-def collect() -> dict[str, Any]:
+def gpu() -> dict[str, Any]:
+    """The GPU as torch and its driver tell; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        driver = (done.stdout.splitlines() or ["unknown"])[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        driver = "unknown"
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": getattr(found, "L2_cache_size", None),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def collect(device: str = "cpu") -> dict[str, Any]:
     """Gathers date, commit, machine, versions and environment, ready for JSON."""
     packages = ("fastmaml", "torch", "jax", "jaxlib", "numpy")
     versions = {name: _version(name) for name in packages}
@@ -80,7 +106,8 @@ def collect() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": "cpu",
+        "device": device,
+        **({} if device == "cpu" else {"gpu": gpu()}),
         "machine": {
             **_cpu(),
             "cores": os.cpu_count(),

@@ -104,7 +104,8 @@ def autograd_loop(problem: Problem) -> Peer:
 
     def meta_gradient(params: Params, tasks: TaskBatch) -> tuple[Tensor, dict]:
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-        total = torch.zeros((), dtype=tasks.support_x.dtype)
+        x = tasks.support_x
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
         for task in zip(*_tensors(tasks), strict=True):
             loss = unrolled(leaves, task) / len(tasks)
             loss.backward()
@@ -147,10 +148,11 @@ def vmap_grad(problem: Problem) -> Peer:
 
 
 def vmap_compiled(problem: Problem) -> Peer:
-    """Makes ``vmap_grad`` under torch.compile."""
+    """Makes ``vmap_grad`` under torch.compile, on a GPU as CUDA graphs."""
     mean_loss = _mean_query_loss(problem)
+    on_gpu = next(problem.model.parameters()).is_cuda
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
     def function(params: dict, *tensors: Tensor) -> tuple[dict, Tensor]:
         return grad_and_value(mean_loss)(params, *tensors)
 
@@ -219,7 +221,7 @@ def reference(
 
 def error(got: Params, want: Params) -> float:
     """Relative error of a gradient, norm over norm of all tensors together."""
-    off = sum(((got[n].double() - want[n]) ** 2).sum().item() for n in want)
+    off = sum(((got[n].to(want[n]).double() - want[n]) ** 2).sum().item() for n in want)
     norm = sum((want[n] ** 2).sum().item() for n in want)
     return math.sqrt(off / norm)
 

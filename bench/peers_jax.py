@@ -27,11 +27,22 @@ Forward = Callable[[Tree, Array], Array]
 JaxPeer = Callable[..., tuple[Array, Tree]]
 
 
-def missing() -> str | None:
-    """Returns why JAX peers can't run here, or ``None`` if they can."""
+def missing(device: str = "cpu") -> str | None:
+    """Returns why JAX peers can't run on a device, or ``None`` if they can.
+
+    JAX computes on its first device, which must be of the kind that is asked for.
+    """
     if importlib.util.find_spec("jax") is None:
         return "jax is not installed (pip install jax)"
-    return None
+    if device == "cpu":
+        return None
+    import jax
+
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        return f"jax finds no device: {str(error).splitlines()[0]}"
+    return None if found == "gpu" else f"jax sees no GPU here, it computes on {found}"
 
 
 # -- the network ------------------------------------------------------------------
@@ -237,12 +248,16 @@ def to_params(model: nn.Module) -> Tree:
     """Copies a network's parameters to JAX."""
     import jax.numpy as jnp
 
-    return {n: jnp.asarray(p.detach().numpy()) for n, p in model.named_parameters()}
+    return {
+        n: jnp.asarray(p.detach().cpu().numpy()) for n, p in model.named_parameters()
+    }
 
 
 def to_tasks(tasks: TaskBatch) -> tuple[Array, ...]:
     """Copies a meta-batch to JAX, images channels last."""
     import jax.numpy as jnp
+
+    tasks = tasks.to(device="cpu")
 
     def last(x: np.ndarray) -> Array:
         return jnp.asarray(np.moveaxis(x, 2, -1) if x.ndim == 5 else x)

@@ -1,13 +1,14 @@
 """Writes the README's benchmark section from a result file.
 
-    python bench/report.py              # the newest full CPU result -> README.md
+    python bench/report.py              # the newest full results -> README.md
     python bench/report.py --check      # exit 1 if the README differs from that
     python bench/report.py --figures bench/results/figures
 
 The section stands between two markers; everything in it comes from the JSON file it
 names, so no figure is typed by hand. Quick runs are not reported; without any result
-the section is empty. Figures in the folder ``figures`` beside the results are shown in
-it; ``--check`` also fails when one was drawn from anything but the newest results.
+the section is empty. A result of ``bench/gpu.sh``, if there is one, adds a table.
+Figures in the folder ``figures`` beside the results are shown in it; ``--check`` also
+fails when one was drawn from anything but the newest results.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def newest(folder: Path, device: str = "cpu", kind: str = "speed") -> Path | Non
     Args:
         folder: of the results.
         device: that it was measured on.
-        kind: ``speed`` (``bench.run``), ``growth`` or ``layers``.
+        kind: ``speed`` (``bench.run``), ``growth``, ``layers`` or ``gpu``.
 
     Returns:
         Its path, or ``None`` if there is none.
@@ -219,6 +220,58 @@ def section(result: Result, source: str) -> str:
 # -- the README ---------------------------------------------------------------------
 
 
+def gpu_table(result: Result) -> str:
+    """One row a workload: milliseconds of everyone on a GPU, and of one CUDA graph."""
+    names = _contenders(result)
+    head = ["on a GPU, ms", "tasks × (support, query)", *names, "fastest peer takes"]
+    head += ["step with Adam, one graph", "% of FP32 product"]
+    rows = []
+    for workload in result["workloads"].values():
+        field = workload["contenders"]
+        if not field:
+            continue
+        fastest = min(field, key=lambda n: field[n]["meta_gradient"]["median"])
+        mine = next((row for n, row in field.items() if targets.is_ours(n)), {})
+        row = [workload["title"], workload["work"]]
+        row += [_times_cell(workload, name, fastest) for name in names]
+        graph = mine.get("captured_step", {}).get("median")
+        row += [_factor(workload, "meta_gradient"), digits(graph)]
+        row += [digits(mine.get("percent_of_peak"), 2)]
+        rows.append(row)
+    return _table(head, rows, 2) if rows else ""
+
+
+def gpu_provenance(result: Result, source: str) -> str:
+    """Card, versions, and which stages of the run did not go well."""
+    peak, versions = result["peak"], result.get("versions", {})
+    card = {"name": NONE, "driver": NONE, "cuda": NONE, **result.get("gpu", {})}
+    packages = ", ".join(f"{k} {v}" for k, v in versions.items() if v is not None)
+    wrong = [
+        f"{n} ({s['status']})"
+        for n, s in result["stages"].items()
+        if s["status"] != "ok"
+    ]
+    tests = result["stages"].get("tests", {}).get("tests", {})
+    told = ", ".join(f"{n} {what}" for what, n in tests.items())
+    return (
+        "Medians of interleaved rounds in one process on one card, float32 without "
+        "TF32 for everyone; torch.compile with CUDA graphs. Ceilings of the same run: "
+        f"{peak.get('copy_bytes', 0) / 1e12:.2f} TB/s copied, "
+        f"{peak.get('matrix_flops', 0) / 1e12:.1f} TFLOP/s in an FP32 product. "
+        f"{card['name']}, driver {card['driver']}, CUDA {card['cuda']}; {packages}; "
+        f"{result['date'][:10]}, commit {result['commit']}. "
+        + (f"Tests on the card: {told}. " if told else "")
+        + (f"Not ok: {', '.join(wrong)}. " if wrong else "")
+        + f"Everything in [{source}]({source}), written by `{result['command']}`."
+    )
+
+
+def gpu_section(result: Result, source: str) -> str:
+    """What of a result of ``bench/gpu.sh`` stands in the README."""
+    parts = [gpu_table(result), _left_out(result), gpu_provenance(result, source)]
+    return "\n\n".join(part for part in parts if part)
+
+
 def updated(text: str, body: str) -> str:
     """Returns the README with its section replaced.
 
@@ -274,6 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sources["speed"] is not None and results["speed"] is not None:
         body = section(results["speed"], _relative(sources["speed"], base))
         body = "\n\n".join(filter(None, [body, pictures(folder, results, base)]))
+    card = newest(options.results, "cuda", "gpu")
+    if card is not None:
+        told = gpu_section(json.loads(card.read_text()), _relative(card, base))
+        body = "\n\n".join(filter(None, [body, told]))
     try:
         new = updated(text, body)
     except ValueError as error:

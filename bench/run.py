@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import ROOT, contenders, cost, facts, memory, peers, timing
 from bench.contenders import OURS, Contender
 from bench.timing import Plan
@@ -32,7 +34,9 @@ from fastmaml.tasks.batch import TaskBatch
 
 BATCHES = 3  # distinct meta-batches that every contender cycles through
 WRONG = 0.05  # relative error above which a contender is not computing the same thing
-TRAINING, BARE = "training step of ", "meta-gradient of "  # beside the meta-steps
+# beside the meta-steps
+TRAINING, BARE, CAPTURED = "training step of ", "meta-gradient of ", "graph of "
+TINY = {"tasks": 2, "support": 5, "query": 5}
 QUICK = Plan(rounds=5, min_rounds=2, budget=1.0, min_sample=0.02)
 
 Result = dict[str, Any]
@@ -48,24 +52,28 @@ def milliseconds(summary: timing.Summary) -> Result:
 # -- one contender alone, in a fresh process ----------------------------------------
 
 
-def probe_here(workload: Workload, name: str, plan: Plan) -> Result:
+def probe_here(
+    workload: Workload, name: str, plan: Plan, device: str = "cpu"
+) -> Result:
     """Times the first call of a contender and then the next ones, in this process."""
-    contender = contenders.make(workload, name)
+    contender = contenders.make(workload, name, device)
     inputs = [contender.prepare(workload.batch(seed)) for seed in range(BATCHES)]
-    start = time.perf_counter()
-    contender.meta_gradient(inputs[0])
-    first = time.perf_counter() - start
-    alone = timing.solo(timing.cycle(contender.meta_gradient, inputs), plan)
+    calls = timing.cycle(contender.meta_gradient, inputs, contender.finish)
+    first = timing.time_call(calls, 1)
+    alone = timing.solo(calls, plan)
+    if device != "cpu":  # for the compilers' caches, see bench.gpu_stages
+        contender.meta_step(inputs[0])
     return {"first_call_s": first, "alone_ms": 1e3 * statistics.median(alone)}
 
 
-def probe(workload: Workload, name: str, limit: float) -> Result:
+def probe(workload: Workload, name: str, limit: float, device: str = "cpu") -> Result:
     """Runs ``probe_here`` in a fresh process, for at most ``limit`` seconds.
 
     Returns:
         ``first_call_s`` and ``alone_ms``, or ``skipped`` with the reason.
     """
     command = [sys.executable, "-m", "bench.run", "--probe", workload.name, name]
+    command += ["--device", device]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=limit
@@ -113,12 +121,13 @@ def _error(
 
 
 def _references(
-    workload: Workload, batches: Sequence[TaskBatch]
+    workload: Workload, batches: Sequence[TaskBatch], device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    model = workload.model()
+    model = workload.model().to(device)
     problem = peers.make_problem(workload, model)
     params = dict(model.named_parameters())
-    return [peers.reference(problem, params, batch)[1] for batch in batches]
+    there = [batch.to(device=device) for batch in batches]
+    return [peers.reference(problem, params, batch)[1] for batch in there]
 
 
 def _enter(
@@ -127,13 +136,16 @@ def _enter(
     name: str,
     batches: Sequence[TaskBatch],
     wants: Sequence[peers.Params],
+    device: str = "cpu",
 ) -> None:
     """Makes a contender, checks what it computes, and lets it in or says why not."""
     try:
-        contender = contenders.make(workload, name)
+        contender = contenders.make(workload, name, device)
         off = _error(contender, batches, wants)
         inputs = [contender.prepare(batch) for batch in batches]
         contender.meta_step(inputs[0])  # compile it, too
+        capture = contender.captured_step
+        captured = None if capture is None else capture(inputs[0])
     except Exception as problem:  # a peer may fail in any way; the run goes on
         first = (str(problem).strip().splitlines() or ["no message"])[0]
         reason = facts.without_paths(f"{type(problem).__name__}: {first}")
@@ -143,31 +155,45 @@ def _enter(
         field.skipped[name] = f"wrong: relative error {off:.1e} against float64"
         return
     field.rows.setdefault(name, {})["error"] = off
+    steps = {"meta_gradient": contender.meta_gradient, "meta_step": contender.meta_step}
+    if captured is not None:
+        steps["captured_step"] = captured
     field.calls[name] = {
-        "meta_gradient": timing.cycle(contender.meta_gradient, inputs),
-        "meta_step": timing.cycle(contender.meta_step, inputs),
+        quantity: timing.cycle(step, inputs, contender.finish)
+        for quantity, step in steps.items()
     }
     if contender.training_step is not None:
         contender.training_step()
         field.calls[name]["training_step"] = contender.training_step
 
 
+def _found_alone(workload: Workload, name: str, options: argparse.Namespace) -> Result:
+    """What a contender alone has shown, now or before; empty: nobody asked."""
+    compiles, before = contenders.compiles(name), options.probed
+    if before is not None and before.exists():
+        return json.loads(before.read_text()).get(workload.name, {}).get(name, {})
+    if compiles or not (options.quick or before):
+        return probe(workload, name, options.first_call_limit, options.device)
+    return {}
+
+
 def assemble(workload: Workload, options: argparse.Namespace, log: Log) -> Field:
     """Finds out who takes part in a workload; everyone has compiled afterwards."""
     field = Field(skipped=peers.unavailable())
     batches = [workload.batch(seed) for seed in range(BATCHES)]
-    wants = _references(workload, batches)
-    for name in contenders.names(options.engines):
-        if reason := contenders.reason_to_skip(workload, name, options.compile_all):
+    wants = _references(workload, batches, options.device)
+    for name in contenders.names(options.engines, options.peers):
+        if reason := contenders.reason_to_skip(
+            workload, name, options.compile_all, options.device
+        ):
             field.skipped[name] = reason
             continue
-        if contenders.compiles(name) or not options.quick:
-            found = probe(workload, name, options.first_call_limit)
-            if "skipped" in found:
-                field.skipped[name] = found["skipped"]
-                continue
-            field.rows[name] = found
-        _enter(field, workload, name, batches, wants)
+        found = _found_alone(workload, name, options)
+        if "skipped" in found:
+            field.skipped[name] = found["skipped"]
+            continue
+        field.rows[name] = found
+        _enter(field, workload, name, batches, wants, options.device)
     for name, reason in field.skipped.items():
         field.rows.pop(name, None)
         log(f"  {name}: left out, {reason}")
@@ -181,6 +207,8 @@ def _training_calls(field: Field) -> dict[str, timing.Call]:
         if "training_step" in quantities:
             calls[TRAINING + name] = quantities["training_step"]
             calls[BARE + name] = quantities["meta_gradient"]
+        if "captured_step" in quantities:
+            calls[CAPTURED + name] = quantities["captured_step"]
     return calls
 
 
@@ -231,6 +259,8 @@ def run_workload(
                 step, bare = times[TRAINING + name], times[BARE + name]
                 rows[name]["training_step"] = _summary(step, None)
                 rows[name]["overhead"] = overhead(step, bare)
+            if CAPTURED + name in times:
+                rows[name]["captured_step"] = _summary(times[CAPTURED + name], None)
     for name, row in rows.items():
         log(f"  {name}: {row['meta_gradient']['median']:.3f} ms")
     spent = cost.cost(workload)
@@ -253,9 +283,15 @@ def _save(result: Result, out: Path) -> None:
     partial.replace(out)
 
 
+def _size(device: str) -> dict[str, Any]:
+    """Of the matrices whose product is the ceiling: it must fill the device."""
+    return {"device": device, "size": 2048 if device == "cpu" else 8192}
+
+
 def _fill_in_peak(result: Result) -> None:
     """States every meta-gradient's share of the best peak measured so far."""
-    best = max(cost.matrix_peak(), result["peak"].get("matrix_flops", 0.0))
+    now = cost.matrix_peak(**_size(result["device"]))
+    best = max(now, result["peak"].get("matrix_flops", 0.0))
     result["peak"]["matrix_flops"] = best
     for workload in result["workloads"].values():
         for row in workload["contenders"].values():
@@ -284,18 +320,21 @@ def run(options: argparse.Namespace, log: Log) -> Result:
         "schema": 1,
         "quick": options.quick,
         "command": command,
-        **facts.collect(),
+        **facts.collect(options.device),
         "plan": dataclasses.asdict(plan),
-        "peak": {"copy_bytes": cost.copy_bandwidth()},
+        "peak": {"copy_bytes": cost.copy_bandwidth(device=options.device)},
         "workloads": {},
     }
-    if not (options.no_memory or options.quick):
+    if not (options.no_memory or options.quick or options.device != "cpu"):
         log("memory")
         result["memory"] = memory.growth_rows()
         _save(result, options.out)
     for name in options.workloads:
         log(name)
-        result["workloads"][name] = run_workload(WORKLOADS[name], options, plan, log)
+        workload = WORKLOADS[name]
+        if options.tiny:
+            workload = workload.resized(**TINY)
+        result["workloads"][name] = run_workload(workload, options, plan, log)
         _fill_in_peak(result)
         _save(result, options.out)
     return result
@@ -310,10 +349,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--engines",
         nargs="+",
-        choices=("native", "functional"),
+        choices=("native", "functional", *contenders.BACKENDS),
         default=["native"],
         help="of fastmaml; ratios are against the first",
     )
+    add("--peers", nargs="*", help="that take part (default all), by name")
     add("--rounds", type=int, help="most samples of a contender (default 25)")
     add("--budget", type=float, default=10.0, help="seconds per contender and quantity")
     add(
@@ -324,8 +364,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--no-memory", action="store_true", help="leave the memory rows out")
     add("--compile-all", action="store_true", help="torch.compile everything")
     add("--first-call-limit", type=float, default=120.0, help="seconds to compile")
+    add("--probed", type=Path, help="what compilers have shown before, see gpu_stages")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where all compute")
+    add("--tiny", action="store_true", help="few tasks and samples; needs --quick")
     add("--probe", nargs=2, metavar=("WORKLOAD", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.tiny and not options.quick:
+        parser.error("--tiny changes the work: it needs --quick")
     options.argv = list(argv)
     return options
 
@@ -333,9 +378,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.device == "cuda":  # float32 is float32 for everyone
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
     if options.probe:
         workload, name = options.probe
-        print(json.dumps(probe_here(WORKLOADS[workload], name, Plan())))
+        print(json.dumps(probe_here(WORKLOADS[workload], name, Plan(), options.device)))
         return
     start = time.perf_counter()
 

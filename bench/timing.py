@@ -20,8 +20,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Call = Callable[[], object]
+Finish = Callable[[object], object]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,33 @@ def summarize(samples: Sequence[float]) -> Summary:
     return Summary(median, lower, upper, len(samples))
 
 
-def cycle(function: Callable[[object], object], inputs: Sequence[object]) -> Call:
+@dataclass(frozen=True)
+class Asynchronous:
+    """A call that returns before its work is done, as on a GPU.
+
+    Attributes:
+        start: puts the work into a queue.
+        finish: takes what ``start`` returned, and returns when the work is done.
+    """
+
+    start: Call
+    finish: Finish
+
+    def __call__(self) -> object:
+        """Starts, and waits for nothing."""
+        return self.start()
+
+
+def finishing(call: Call, finish: Finish | None) -> Call:
+    """Returns the call with how to wait for it; ``None``: it is done on return."""
+    return call if finish is None else Asynchronous(call, finish)
+
+
+def cycle(
+    function: Callable[[Any], object],
+    inputs: Sequence[object],
+    finish: Finish | None = None,
+) -> Call:
     """Returns a call without arguments that takes the inputs in turn."""
     state = {"next": 0}
 
@@ -82,14 +110,21 @@ def cycle(function: Callable[[object], object], inputs: Sequence[object]) -> Cal
         state["next"] = (state["next"] + 1) % len(inputs)
         return function(inputs[state["next"]])
 
-    return call
+    return finishing(call, finish)
 
 
 def time_call(call: Call, repeats: int) -> float:
-    """Returns the mean seconds of a call over ``repeats`` calls."""
+    """Returns the mean seconds of a call over ``repeats`` calls.
+
+    Calls that are asynchronous follow each other without a wait, as in a training loop,
+    and the clock stops when the last is done.
+    """
+    finish = call.finish if isinstance(call, Asynchronous) else None
     start = time.perf_counter()
     for _ in range(repeats):
-        call()
+        last = call()
+    if finish is not None:
+        finish(last)
     return (time.perf_counter() - start) / repeats
 
 
@@ -100,7 +135,7 @@ def _repeats(seconds: float, plan: Plan) -> int:
 def _sample(call: Call, repeats: int, plan: Plan) -> float:
     time.sleep(plan.pause)
     if repeats > 1:  # a call that fills a sample alone is warm after microseconds
-        call()
+        time_call(call, 1)
     return time_call(call, repeats)
 
 

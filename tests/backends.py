@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fastmaml.engines.placement import missing
 
 NAMES = ["cpu", "cpu_lockstep", "cuda_emulated", "cuda"]
+ONLY = os.environ.get("FASTMAML_TEST_BACKENDS", "").split()  # all, if there are none
 on_every_backend = pytest.mark.usefixtures("backend")
 _current = "cpu"
 
@@ -33,7 +35,11 @@ def why_not(name: str) -> str | None:
 
 
 def usable(names: list[str] = NAMES) -> list[Any]:
-    """Parameters for pytest: the names, those that can't run here marked to skip."""
+    """Parameters for pytest: the names, those that can't run here marked to skip.
+
+    FASTMAML_TEST_BACKENDS, names between spaces, leaves the others out.
+    """
+    names = [n for n in names if not ONLY or n in ONLY]
     marks = {n: [pytest.mark.skip(reason=r)] for n in names if (r := why_not(n))}
     return [pytest.param(n, marks=marks.get(n, [])) for n in names]
 

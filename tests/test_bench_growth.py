@@ -77,7 +77,7 @@ def test_overhead_is_taken_within_rounds():
 
 def test_a_run_states_training_steps_beside_meta_steps(monkeypatch):
     names = ["fastmaml (functional engine)", "vmap of grad"]
-    monkeypatch.setattr(contenders, "names", lambda engines: names)
+    monkeypatch.setattr(contenders, "names", lambda engines, chosen: names)
     options = run.parse(["--quick"])
     plan = timing.Plan(rounds=2, min_rounds=1, budget=0.1, min_sample=1e-4, pause=0)
     found = run.run_workload(small("sinusoid-1"), options, plan, lambda text: None)

@@ -60,6 +60,7 @@ template <class S>
 const Backend<S>& backend(BackendKind kind) {
   require(int(kind) >= 0 && kind < BackendKind::count, "backend: expected 0 to ",
           int(BackendKind::count) - 1, ", got ", int(kind));
+  if (kind == BackendKind::cuda_emulated && recording_backend<S>()) return *recording_backend<S>();
   const Backend<S>* found = find<S>(kind);
   require(found, "backend: this build of fastmaml has no ", backend_name(kind), " backend");
   return *found;

@@ -18,6 +18,10 @@ std::vector<std::string> built_backends();
 template <class S>
 const Backend<S>& backend(BackendKind kind);
 
+// The table that notes what is asked of the emulated CUDA backend; null unless a recording is on.
+template <class S>
+const Backend<S>* recording_backend();
+
 // (backend, stream, precision, the program's tables, adapted flags); the last two are addresses in
 // backend memory, 0 where that is the host's.
 using PlaceTuple = std::tuple<int, Address, int, Address, Address>;

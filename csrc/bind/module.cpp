@@ -209,6 +209,7 @@ PYBIND11_MODULE(_core, m) {
   define_calls<float>(m, "float32");
   define_calls<double>(m, "float64");
   bind::define_backends(m);
+  bind::define_launches(m);
   bind::define_prepared(m);
   bind::define_optimizers(m);
   bind::define_sampling(m);

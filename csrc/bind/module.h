@@ -11,6 +11,8 @@ void define_prepared(pybind11::module_& m);
 void define_optimizers(pybind11::module_& m);
 // What was built.
 void define_backends(pybind11::module_& m);
+// Operations and launches of calls, noted and not run; in builds with emulated CUDA.
+void define_launches(pybind11::module_& m);
 // Batches of tasks.
 void define_sampling(pybind11::module_& m);
 // Notices changes of objects that prepared calls rely on.

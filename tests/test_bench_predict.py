@@ -1,0 +1,233 @@
+"""The prediction for a GPU follows from what is recorded, and from nothing else."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last: fastmaml itself comes from where it is installed
+
+from bench import cost, launches, predict, prediction_table, report  # noqa: E402
+from bench.launches import Launch  # noqa: E402
+from bench.workloads import WORKLOADS  # noqa: E402
+from fastmaml.engines.placement import missing  # noqa: E402
+
+records = pytest.mark.skipif(
+    missing(launches.BACKEND) is not None, reason=str(missing(launches.BACKEND))
+)
+
+ROUND = predict.Machine(
+    bandwidth=1e12,
+    fp32=1e13,
+    tf32=4e13,
+    mma_share=0.75,
+    multiprocessors=10,
+    overhead=2e-6,
+    latency=1e-6,
+    in_flight=16,
+)
+FULL = Launch("k", "", "a b", 80, 256, 0, bytes=2_000_000, flops=0)
+
+
+# -- the model ----------------------------------------------------------------------
+
+
+def test_a_launch_by_hand():
+    """80 blocks of 256 threads are all resident: 16 bytes each are 328 kB in 1 µs."""
+    assert predict.resident_blocks(FULL, 32) == 8
+    memory = 2e6 / (80 * 256 * 16 / 1e-6)
+    assert predict.seconds(FULL, 32, ROUND) == pytest.approx(2e-6 + memory)
+    wide = replace(ROUND, in_flight=64)  # 1.3 MB in 1 µs: memory itself is the bound
+    assert predict.seconds(FULL, 32, wide) == pytest.approx(2e-6 + 2e-6)
+    busy = replace(FULL, flops=100_000_000)  # 10 µs at 10 TFLOP/s
+    assert predict.seconds(busy, 32, ROUND) == pytest.approx(2e-6 + 1e-5)
+    split = replace(busy, unit="3xtf32")  # 40 * 0.75 / 3 = 10 TFLOP/s
+    assert predict.seconds(split, 32, ROUND) == pytest.approx(2e-6 + 1e-5)
+
+
+def test_a_grid_that_leaves_multiprocessors_idle():
+    """Of 11 blocks on 10 multiprocessors one has two; 1 block leaves nine idle."""
+    busy = replace(FULL, flops=100_000_000, bytes=0)
+    times = {
+        n: predict.parts(replace(busy, blocks=n), 32, ROUND)["arithmetic"]
+        for n in (1, 10, 11, 20)
+    }
+    assert times[10] == pytest.approx(1e-5) == times[20]
+    assert times[11] == pytest.approx(1e-5 * 20 / 11)
+    assert times[1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "blocks"),
+    [
+        (16, 0, 8),
+        (32, 0, 8),
+        (33, 0, 6),
+        (64, 0, 4),
+        (255, 0, 1),
+        (32, 56 << 10, 4),
+        (32, 1024, 8),
+    ],
+)
+def test_what_a_multiprocessor_holds(registers, shared, blocks):
+    assert predict.resident_blocks(replace(FULL, shared=shared), registers) == blocks
+
+
+@pytest.mark.parametrize("more", ["bytes", "flops"])
+def test_more_work_takes_no_less_time(more):
+    times = [
+        predict.seconds(replace(FULL, **{more: n}), 64, ROUND)
+        for n in (0, 10**6, 10**8, 10**10)
+    ]
+    assert times == sorted(times) and times[-1] > times[0]
+
+
+@pytest.mark.parametrize("better", ["bandwidth", "in_flight", "fp32"])
+def test_a_better_machine_is_no_slower(better):
+    work = replace(FULL, flops=10**8, bytes=10**8)
+    faster = replace(ROUND, **{better: 2 * getattr(ROUND, better)})
+    assert predict.seconds(work, 64, faster) <= predict.seconds(work, 64, ROUND)
+
+
+def test_registers_are_those_of_the_greediest_instance():
+    compiled = [
+        {"name": "k<float, 1>", "registers": 40, "arch": "sm_90", "file": "a.cu"},
+        {"name": "k<float, 2>", "registers": 50, "arch": "sm_90", "file": "a.cu"},
+        {"name": "k<double, 2>", "registers": 90, "arch": "sm_90", "file": "a.cu"},
+        {"name": "k<float, 3>", "registers": 80, "arch": "sm_80", "file": "a.cu"},
+        {
+            "name": "k<float, 4>",
+            "registers": 60,
+            "arch": "sm_90",
+            "file": "bilinear_inputs.cu",
+        },
+    ]
+    assert predict.registers_of(FULL, compiled[:4]) == 50
+    inputs = replace(FULL, form="inputs")
+    assert predict.registers_of(inputs, compiled) == 60
+    assert predict.registers_of(replace(FULL, kernel="other"), compiled) == 255
+
+
+# -- counting -----------------------------------------------------------------------
+
+
+def facts(**changes):
+    zero = dict.fromkeys(
+        ("relu", "relu_input", "own_w", "tw", "tx", "dx", "dw", "tdx", "tdw", "base"), 0
+    )
+    sizes = {"tasks": 2, "samples": 3, "in": 5, "out": 7, "parameters": 48, "saved": 0}
+    channels = {"channels_in": 5, "channels_out": 7, "multiply_adds": 35, "parts": 1}
+    return {**zero, **sizes, **channels, **changes}
+
+
+def test_a_linear_layer_by_hand():
+    """T = 2, N = 3, 5 -> 7 features; x 30, y 42 elements, 2 * 2 * 3 * 35 = 420."""
+    (forward,) = launches.shares(("bilinear", "forward", facts()))
+    assert (forward.elements, forward.flops) == (30 + 48 + 42, 420)
+    own = facts(own_w=1, dx=1, dw=1)
+    inputs, weights = launches.shares(("bilinear", "backward", own))
+    assert (inputs.elements, inputs.flops) == (42 + 96 + 30, 420)
+    assert (weights.elements, weights.flops) == (30 + 42 + 96, 420)
+    both = facts(tw=1, tx=1, tdx=1, tdw=1, parts=4)
+    found = launches.shares(("bilinear", "tangent_backward", both))
+    assert [s.flops for s in found] == [840, 840, 0]
+    assert found[0].elements == 42 + 48 + 42 + 96 + 30
+    assert found[1].elements == 2 * (30 + 42) + 4 * 96
+    assert found[2].elements == 4 * 96 + 96
+
+
+def test_launches_that_are_not_understood_are_refused():
+    operation = ("bilinear", "backward", facts(dx=1, dw=1))
+    kernel = (0, "bilinear_kernel<S>(P)", (1, 1, 1), 128, 0)
+    whole = cost.cost(WORKLOADS["sinusoid-1"])
+    with pytest.raises(ValueError, match="expected 2, got 4"):
+        launches.counted([operation], [kernel] * 4, whole)
+
+
+def test_a_kernel_that_does_whole_tasks_does_it_all():
+    whole = cost.cost(WORKLOADS["sinusoid-1"])
+    kernel = (0, "task_resident_kernel<S>(P)", (25, 1, 1), 256, 1024)
+    before = ("vector", "gather", {"elements": 7})
+    (launch,) = launches.counted([before], [kernel], whole)
+    assert (launch.flops, launch.bytes) == (whole.flops, whole.bytes // 4 * 4)
+    assert (launch.kernel, launch.blocks) == ("task_resident_kernel", 25)
+
+
+@records
+@pytest.mark.parametrize("name", sorted(WORKLOADS))
+def test_recorded_launches_do_the_arithmetic_that_there_is(name):
+    """At full size, and exactly: two ways to count that know nothing of each other."""
+    found = launches.record(WORKLOADS[name], memory="keep")
+    whole = cost.cost(WORKLOADS[name])
+    assert sum(x.flops for x in found) == whole.flops
+    assert sum(x.bytes for x in found) > whole.bytes
+    assert all(x.blocks > 0 and x.block % 32 == 0 for x in found)
+    assert found[-1].operation == "optimizer adam"
+
+
+@records
+def test_recording_ends_even_where_the_call_fails(monkeypatch):
+    from fastmaml import _native
+
+    workload = WORKLOADS["sinusoid-1"]
+
+    def broken(self):
+        raise KeyError("planted")
+
+    monkeypatch.setattr(launches.Adam, "step", broken)
+    with pytest.raises(KeyError, match="planted"):
+        launches.record(workload)
+    model = workload.model()
+    learner = launches.contenders.make_learner(workload, launches.BACKEND, model)
+    learner.backward(workload.batch(), accumulate=False)  # runs its kernels again
+    _, recorded = _native.core().end_recording()
+    assert len(recorded) < 40
+    got = {n: p.grad for n, p in model.named_parameters()}
+    want = launches.contenders.peers.reference(
+        launches.contenders.peers.make_problem(workload, model),
+        dict(model.named_parameters()),
+        workload.batch(),
+    )[1]
+    assert launches.contenders.peers.error(got, want) < 1e-5
+
+
+# -- the files ----------------------------------------------------------------------
+
+
+def copied(tmp_path):
+    for name in ("cuda-kernels.json", "cuda-prediction.json", "cuda-prediction.md"):
+        (tmp_path / name).write_text((predict.RESULTS / name).read_text())
+    return ["--out", str(tmp_path)]
+
+
+def test_the_committed_page_is_what_its_data_says(tmp_path, capsys):
+    assert predict.main(["--check"]) == 0
+    place = copied(tmp_path)
+    text = tmp_path / "cuda-prediction.md"
+    text.write_text(text.read_text().replace("A prediction", "A measurement"))
+    assert predict.main(["--check", *place]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert predict.main(["--again", *place]) == 0
+    assert predict.main(["--check", *place]) == 0
+    assert report.newest(tmp_path) is None
+
+
+def test_new_registers_make_the_prediction_stale(tmp_path):
+    place = copied(tmp_path)
+    kernels = tmp_path / "cuda-kernels.json"
+    compiled = json.loads(kernels.read_text())
+    for kernel in compiled["kernels"]:
+        kernel["registers"] = 255
+    kernels.write_text(json.dumps(compiled))
+    assert predict.main(["--check", *place]) == 1
+
+
+def test_the_page_calls_itself_a_prediction():
+    result = json.loads((predict.RESULTS / "cuda-prediction.json").read_text())
+    page = prediction_table.page(result)
+    assert "No kernel has run on a GPU" in page
+    assert set(result["rows"]) == set(WORKLOADS)
+    assert "| sinusoid-1, one launch |" in page and "0.015 with Adam |" in page
