@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastmaml.engines.base import Rates
+from fastmaml.engines.base import Curvature, Rates
 from fastmaml.rl.policies import Policy
 from fastmaml.rl.trajectories import Samples
 
@@ -41,7 +41,7 @@ class Adaptation:
         self.policy = policy
         self.rates: list[float] = []
         self.thetas = [for_each_task(params, tasks)]
-        self._supports: list[tuple[Tensor, Tensor]] = []
+        self._curvatures: list[Curvature] = []
 
     @property
     def adapted(self) -> Named:
@@ -53,9 +53,9 @@ class Adaptation:
         x, y = samples.x, self.policy.inner_target(samples)
         values = torch.tensor(rate, dtype=x.dtype)
         inner = self.policy.inner
+        self._curvatures.append(inner.curvature(self.adapted, x, y))
         self.thetas.append(inner.adapt(self.adapted, Rates(values), x, y, steps=1))
         self.rates.append(rate)
-        self._supports.append((x, y))
         return self.adapted
 
     def tangent(self, v: Named) -> Named:
@@ -74,13 +74,14 @@ class Adaptation:
         """The same parameters, with derivatives from other samples of each step."""
         other = Adaptation.__new__(Adaptation)
         other.policy, other.rates, other.thetas = self.policy, self.rates, self.thetas
-        other._supports = [(s.x, self.policy.inner_target(s)) for s in supports]
+        inner, target = self.policy.inner, self.policy.inner_target
+        pairs = zip(self.thetas, supports, strict=False)
+        other._curvatures = [inner.curvature(p, s.x, target(s)) for p, s in pairs]
         return other
 
     def _curved(self, k: int, v: Named) -> Named:
         """(I - a_k H_k) v."""
-        x, y = self._supports[k]
-        h = self.policy.inner.hvp(self.thetas[k], x, y, v)
+        h = self._curvatures[k].hvp(v)
         return {n: torch.sub(v[n], h[n], alpha=self.rates[k]) for n in v}
 
 
