@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # where this file runs as a script
 from bench import stamps, targets  # noqa: E402
+from bench.rl_report import rl_section  # noqa: E402
 from bench.targets import NONE, digits  # noqa: E402
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -38,7 +39,7 @@ def newest(folder: Path, device: str = "cpu", kind: str = "speed") -> Path | Non
     Args:
         folder: of the results.
         device: that it was measured on.
-        kind: ``speed`` (``bench.run``), ``growth`` or ``layers``.
+        kind: ``speed`` (``bench.run``), ``growth``, ``layers`` or ``rl``.
 
     Returns:
         Its path, or ``None`` if there is none.
@@ -273,7 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     body, text = "", options.readme.read_text()
     if sources["speed"] is not None and results["speed"] is not None:
         body = section(results["speed"], _relative(sources["speed"], base))
-        body = "\n\n".join(filter(None, [body, pictures(folder, results, base)]))
+        learning = newest(options.results, kind="rl")
+        more = ""
+        if learning is not None:
+            found = json.loads(learning.read_text())
+            more = rl_section(found, _relative(learning, base))
+        parts = [body, more, pictures(folder, results, base)]
+        body = "\n\n".join(filter(None, parts))
     try:
         new = updated(text, body)
     except ValueError as error:
