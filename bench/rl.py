@@ -14,8 +14,8 @@ timed on the same trajectories for
 
 Both must take the same step, up to rounding; the difference is in the result.
 Locomotion is also simulated without a policy, by fastmaml's rows, MuJoCo alone and
-gymnasium's loops, as in ``bench.rl_envs``: `sampling_of_mujoco` is the rate of sampling,
-policy included, by that of ``mujoco.batch``, and `update_share` the meta-update's share
+gymnasium's loops, as in ``bench.rl_envs``: `sampling_of_mujoco` is sampling's rate
+with the policy by that of ``mujoco.batch``, and `update_share` the meta-update's share
 of an iteration.
 """
 
