@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # where this file runs as a script
 from bench import stamps, targets  # noqa: E402
+from bench.rl_report import rl_section  # noqa: E402
 from bench.targets import NONE, digits  # noqa: E402
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -39,7 +40,7 @@ def newest(folder: Path, device: str = "cpu", kind: str = "speed") -> Path | Non
     Args:
         folder: of the results.
         device: that it was measured on.
-        kind: ``speed`` (``bench.run``), ``growth``, ``layers`` or ``gpu``.
+        kind: ``speed`` (``bench.run``), ``growth``, ``layers``, ``gpu`` or ``rl``.
 
     Returns:
         Its path, or ``None`` if there is none.
@@ -302,6 +303,16 @@ def pictures(folder: Path, results: Results, base: Path) -> str:
     return "\n\n".join(lines)
 
 
+def _learning(folder: Path, base: Path) -> str:
+    """The section of reinforcement learning, if it was measured."""
+    path = newest(folder, kind="rl")
+    return (
+        ""
+        if path is None
+        else rl_section(json.loads(path.read_text()), _relative(path, base))
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes or checks the README, and draws figures.
 
@@ -326,7 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     body, text = "", options.readme.read_text()
     if sources["speed"] is not None and results["speed"] is not None:
         body = section(results["speed"], _relative(sources["speed"], base))
-        body = "\n\n".join(filter(None, [body, pictures(folder, results, base)]))
+        parts = [
+            body,
+            _learning(options.results, base),
+            pictures(folder, results, base),
+        ]
+        body = "\n\n".join(filter(None, parts))
     card = newest(options.results, "cuda", "gpu")
     if card is not None:
         told = gpu_section(json.loads(card.read_text()), _relative(card, base))

@@ -12,8 +12,11 @@ timed on the same trajectories for
   the divergence's gradient is differentiated once, and each product with the Fisher
   matrix is one backward pass through that graph.
 
-Both must take the same step, up to rounding; the difference is in the result. What the
-simulation alone can do is in ``bench.rl_envs``.
+Both must take the same step, up to rounding; the difference is in the result.
+Locomotion is also simulated without a policy, by fastmaml's rows, MuJoCo alone and
+gymnasium's loops, as in ``bench.rl_envs``: `sampling_of_mujoco` is sampling's rate
+with the policy by that of ``mujoco.batch``, and `update_share` the meta-update's share
+of an iteration.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from bench import facts
+from bench import facts, rl_envs, timing
 from fastmaml.losses import (
     gaussian_divergence,
     gaussian_log_probability,
@@ -218,6 +221,33 @@ class Bench:
         )
 
 
+def simulation(experiment: RLExperiment, rows: int, rounds: int) -> dict[str, Any]:
+    """Environment steps without a policy; empty where ``bench.rl_envs`` has no case.
+
+    Args:
+        experiment: whose robot, preset and threads are used.
+        rows: of fastmaml and of mujoco.batch.
+        rounds: of all contenders.
+    """
+    preset = experiment.environment_settings().get("preset")
+    for case in rl_envs.CASES:
+        robot, known = case.split("-")
+        family = rl_envs.ROBOTS[robot][0].removesuffix("Dir")
+        if family in experiment.environment and known == preset:
+            plan = timing.Plan(rounds=rounds, min_sample=0.12, pause=0.01)
+            return rl_envs.measure(case, rows, experiment.threads or _cores(), plan)
+    return {}
+
+
+def shares(iterations: dict[str, Any], simulated: dict[str, Any]) -> None:
+    """Adds to iterations what their parts are of the whole, and of MuJoCo's rate."""
+    for row in iterations.values():
+        row["update_share"] = row["update"] / row["seconds"]
+        if simulated:
+            alone = simulated[rl_envs.ALONE]["steps_per_second"]["median"]
+            row["sampling_of_mujoco"] = row["sampled_steps_per_second"] / alone
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
@@ -249,8 +279,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     bench = Bench(experiment, options.rounds)
     command = shlex.join(["python", "-m", "bench.rl", *options.argv])
+    rows = options.tasks * options.episodes
+    simulated = simulation(experiment, rows, 2 * options.rounds + 1)
+    iterations = {
+        "fastmaml": bench.iterations(1.0),
+        "fastmaml, a tenth": bench.iterations(0.1),
+    }
+    shares(iterations, simulated)
     result = {
         "schema": 1,
+        "kind": "rl",
+        "quick": options.rounds < 2,
         "command": facts.without_paths(command),
         **facts.collect(),
         "experiment": experiment.name,
@@ -258,10 +297,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "episodes": options.episodes,
         "horizon": bench.envs.horizon,
         "updates": bench.updates(),
-        "iterations": {
-            "fastmaml": bench.iterations(1.0),
-            "fastmaml, a tenth": bench.iterations(0.1),
-        },
+        "iterations": iterations,
+        "simulation": simulated,
     }
     bench.envs.close()
     return result
@@ -284,9 +321,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, row in result["iterations"].items():
         print(
             f"iteration, {name}: {row['seconds']:.2f} s, sampling "
-            f"{row['sampled_steps_per_second']:,.0f} steps/s",
+            f"{row['sampled_steps_per_second']:,.0f} steps/s, update "
+            f"{row['update_share']:.0%}",
             file=sys.stderr,
         )
+    print(rl_envs.table({"simulation": result["simulation"]}), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_curvature_is_that_of_the_published_objective(kind: str) -> None:
     direction = {n: torch.stack([part[n] for part in parts]) for n in p.params}
     target = p.policy.inner_target(samples)
     _, g = p.policy.inner.value_and_grad(theta, samples.x, target)
-    h = p.policy.inner_product(theta, samples, target, direction)
+    h = p.policy.inner_hessian(theta, samples, target)(direction)
     ratio = problem(kind, "likelihood_ratio", 1).policy
     step_by_step = ratio.inner.hvp(
         theta, samples.x, ratio.inner_target(samples), direction
@@ -88,7 +88,7 @@ def test_trajectories_of_one_step_are_the_likelihood_ratios() -> None:
     theta = for_each_task(dice.params, TASKS)
     v = {n: torch.ones_like(value) for n, value in theta.items()}
     found = [
-        p.policy.inner_product(theta, single, p.policy.inner_target(single), v)
+        p.policy.inner_hessian(theta, single, p.policy.inner_target(single))(v)
         for p in (dice, ratio)
     ]
     assert_close(found[0], found[1], "float64 chain", "product")

@@ -130,7 +130,7 @@ CallPlan call_product(const bind::PlaceTuple& where, const Program& program, int
                       index_t tasks, const Addresses& params, bool per_task,
                       const Addresses& vector, bool vector_per_task, const SamplesTuple& batch,
                       Address output, Address loss, Address accuracy, const Addresses& result,
-                      const WorkspacePair& workspace) {
+                      Address kept, bool filled, const WorkspacePair& workspace) {
   ProductCall<S> call;
   call.program = &program;
   bind::place(call, where);
@@ -144,6 +144,8 @@ CallPlan call_product(const bind::PlaceTuple& where, const Program& program, int
   call.loss = at<double>(loss);
   call.accuracy = at<double>(accuracy);
   if (!result.empty()) call.result = tensors<S>(program, result, true);
+  call.kept = at<S>(kept);
+  call.filled = filled;
   return execute(
       call, plan_product<S>, [&](void* memory, CallPlan&) { product(call, memory); }, workspace);
 }
@@ -186,6 +188,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&make_program))
       .def_property_readonly("outputs", [](const Program& p) { return p.output().size(); })
       .def_property_readonly("target_size", &Program::target_size)
+      .def("kept_tape_size", &kept_tape_size)
       .def("tables",
            [](const Program& p) {
              const std::vector<char> bytes = p.tables();
@@ -214,6 +217,7 @@ PYBIND11_MODULE(_core, m) {
   bind::define_optimizers(m);
   bind::define_sampling(m);
   bind::define_watch(m);
+  m.attr("KEEP_BYTES") = kKeepBytes;
   m.def("build_info", &build_info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads);

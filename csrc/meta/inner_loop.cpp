@@ -18,7 +18,7 @@ AdaptPlan make_plan(const AdaptCall<S>& call) {
   const index_t P = program.param_count();
   AdaptPlan plan;
   plan.slots = call.slots;
-  plan.support = plan_tape(program, call.support.count, true);
+  plan.support = plan_tape(program, chunk_of(program, *call.backend, call.support.count), true);
   plan.query = plan_tape(program, call.query.count, true);
   Arena shared, slot;
   plan.theta0 = shared.take(call.params.per_task ? 0 : P);

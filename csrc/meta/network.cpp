@@ -83,12 +83,13 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
 
 template <class S>
 void Network<S>::backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz,
-                          Rows<S> dw, const Update<S>& update, const Exec& exec) const {
+                          Rows<S> dw, const Update<S>& update, const Exec& exec,
+                          const Tangent<S>* room) const {
   const S* dy = dz;
-  for (size_t l = depth(); l-- > first();) {
+  for (size_t l = depth(); l-- > (dw.data ? first() : lowest_adjoint());) {
     LayerArgs<S> a = args(l, theta, batch, tape);
     a.dy = dy;
-    a.dx = l > first() ? tape.dx(l) : nullptr;
+    a.dx = l > first() ? (room ? room->tdx(l) : tape.dx(l)) : nullptr;
     update_layer(ops(l).backward, a, &LayerArgs<S>::dw, dw, update, exec);
     dy = a.dx;
   }
@@ -194,15 +195,15 @@ void Network<S>::hessian_vector(Params theta, Params tw, const Batch<S>& batch, 
 template <class S>
 void Network<S>::gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch,
                                      const Tape<S>& tape, const Tangent<S>& tangent, Rows<S> out,
-                                     const Exec& exec) const {
+                                     const Update<S>& update, const Exec& exec) const {
   const index_t step = chunk_of(program_, backend_, batch.samples);
-  Update<S> next;
+  Update<S> next = update;
   for (index_t at = 0; at < batch.samples; at += step) {
     const Batch<S> part = slice(batch, at, min_of(step, batch.samples - at));
     const Tape<S> here = tape.from(at, batch.samples);
     tangent_forward(theta, tw, part, here, tangent, exec);
     loss_hessian(part, here, tangent, tangent.tdz(), exec);
-    backward(theta, part, here, tangent.tdz(), out, next, exec);
+    backward(theta, part, here, tangent.tdz(), out, next, exec, &tangent);
     next.base = {out.data, out.stride};
   }
 }

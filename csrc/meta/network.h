@@ -38,7 +38,7 @@ struct Tape {
   S* dz() const { return at(plan->dz, plan->dz_size); }
   // From sample `first` of `total` on. A tape with less room serves one chunk after the other.
   Tape from(index_t sample, index_t total) const {
-    return {plan, base, tasks, plan->samples < total ? 0 : sample};
+    return {plan, base, tasks, plan->samples < total ? 0 : first + sample};
   }
 
  private:
@@ -85,9 +85,10 @@ class Network {
   // Value and accuracy of the loss; with `gradient` the adjoint of the output as well.
   void loss(const Batch<S>& batch, const Tape<S>& tape, bool gradient, const Metrics& metrics,
             const Exec& exec) const;
-  // From the adjoint `dz` of the output to dw [P], which may be null; fills the tape's adjoints.
+  // From the adjoint `dz` of the output to dw [P], which may be null; fills the tape's adjoints, or
+  // takes turns in those of `room`.
   void backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz, Rows<S> dw,
-                const Update<S>& update, const Exec& exec) const;
+                const Update<S>& update, const Exec& exec, const Tangent<S>* room = nullptr) const;
   void tangent_forward(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
                        const Tangent<S>& tangent, const Exec& exec,
                        const std::uint8_t* still = nullptr) const;
@@ -106,14 +107,16 @@ class Network {
   void hessian_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
                       const Tangent<S>& tangent, Rows<S> tdw, const Update<S>& update,
                       const Exec& exec, const std::uint8_t* still = nullptr) const;
-  // out = J' H_loss J tw likewise, J being the derivative of the outputs. Takes the tape's
-  // adjoints.
+  // out = J' H_loss J tw likewise, J being the derivative of the outputs, from the tape that
+  // `forward` left.
   void gauss_newton_vector(Params theta, Params tw, const Batch<S>& batch, const Tape<S>& tape,
-                           const Tangent<S>& tangent, Rows<S> out, const Exec& exec) const;
+                           const Tangent<S>& tangent, Rows<S> out, const Update<S>& update,
+                           const Exec& exec) const;
+  // Samples from `first` on.
+  Batch<S> slice(const Batch<S>& batch, index_t first, index_t samples) const;
 
  private:
   LayerArgs<S> args(size_t l, Params theta, const Batch<S>& batch, const Tape<S>& tape) const;
-  Batch<S> slice(const Batch<S>& batch, index_t first, index_t samples) const;
   // Runs a pass that leaves layer l's dw at `where` (a field of a) and updates its slice of `out`.
   void update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a, S* LayerArgs<S>::* where,
                     Rows<S> out, const Update<S>& update, const Exec& exec) const;
@@ -121,6 +124,15 @@ class Network {
   const LayerOps<S>& ops(size_t l) const { return backend_.layers[int(program_.layers()[l].kind)]; }
   size_t depth() const { return program_.layers().size(); }
   size_t first() const { return size_t(program_.first_trainable()); }
+  // The lowest layer whose backward pass a Hessian product needs. It asks for no adjoint of the
+  // first layer's output if that is bilinear, since nothing moves its input; the second's pass
+  // leaves nothing else if it is bilinear as well.
+  size_t lowest_adjoint() const {
+    const auto bilinear = [&](size_t l) {
+      return l < depth() && program_.layers()[l].kind == LayerKind::bilinear;
+    };
+    return first() + (bilinear(first()) && bilinear(first() + 1) ? 2 : 0);
+  }
 
   const Program& program_;
   const Backend<S>& backend_;

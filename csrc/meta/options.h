@@ -97,6 +97,11 @@ struct ProductCall : Call<S> {
   S* output = nullptr;                          // forward: [T, N, outputs]
   double *loss = nullptr, *accuracy = nullptr;  // gradient: [T]
   TensorList<S> result;                         // the others: [T, ...]
+  // Tapes of all tasks, kept_tape_size(program, samples) each, for products with many vectors at
+  // one point; null: one of a chunk serves all. `filled`: an earlier call of the same product left
+  // them.
+  S* kept = nullptr;
+  bool filled = false;
 };
 
 // Bytes of workspace a call needs, and how they are made up.
@@ -122,6 +127,8 @@ CallPlan plan_adapt(const AdaptCall<S>& call);
 template <class S>
 void adapt(const AdaptCall<S>& call, void* workspace);
 
+// Elements of a task.
+index_t kept_tape_size(const Program& program, index_t samples);
 template <class S>
 CallPlan plan_product(const ProductCall<S>& call);
 template <class S>

@@ -78,6 +78,43 @@ class StepMetrics:
     accuracy: Tensor | None = field(default=None)
 
 
+class Curvature(Protocol):
+    """Products with many vectors at one point."""
+
+    def hvp(self, vector: Params) -> dict[str, Tensor]:
+        """See :meth:`Engine.hvp`."""
+        ...
+
+    def gauss_newton_product(self, vector: Params) -> dict[str, Tensor]:
+        """See :meth:`Engine.gauss_newton_product`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainCurvature:
+    """The `Curvature` of an engine that keeps nothing between products.
+
+    Attributes:
+        engine: whose products these are.
+        params: where.
+        x: inputs.
+        y: targets.
+    """
+
+    engine: Engine
+    params: Params
+    x: Tensor
+    y: Tensor
+
+    def hvp(self, vector: Params) -> dict[str, Tensor]:
+        """See :meth:`Engine.hvp`."""
+        return self.engine.hvp(self.params, self.x, self.y, vector)
+
+    def gauss_newton_product(self, vector: Params) -> dict[str, Tensor]:
+        """See :meth:`Engine.gauss_newton_product`."""
+        return self.engine.gauss_newton_product(self.params, self.x, self.y, vector)
+
+
 class Engine(Protocol):
     """The arithmetic behind a learner.
 
@@ -154,4 +191,8 @@ class Engine(Protocol):
         self, params: Params, x: Tensor, y: Tensor, vector: Params
     ) -> dict[str, Tensor]:
         """J' H_loss J times ``vector``, J the Jacobian of the outputs."""
+        ...
+
+    def curvature(self, params: Params, x: Tensor, y: Tensor) -> Curvature:
+        """The products above with many vectors, none of the three changing between."""
         ...

@@ -26,7 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 
-from fastmaml.engines.base import MetaGradient, Params, Rates, StepMetrics
+from fastmaml.engines.base import (
+    MetaGradient,
+    Params,
+    PlainCurvature,
+    Rates,
+    StepMetrics,
+)
 from fastmaml.engines.batching import explained, one_by_one, pullback, vectorized
 from fastmaml.engines.layout import RateMap, present, step_weights, sum_of, weighted
 from fastmaml.engines.modes import check_modes, with_unit_scales
@@ -181,6 +187,10 @@ class FunctionalEngine:
         axes = (self._axes(params), 0, 0, self._axes(vector))
         with explained(self._what):
             return self._map(product, axes)(dict(params), x, y, dict(vector))
+
+    def curvature(self, params: Params, x: Tensor, y: Tensor) -> PlainCurvature:
+        """See `fastmaml.engines.base.Engine.curvature`."""
+        return PlainCurvature(self, params, x, y)
 
     # -- one task -----------------------------------------------------------------
 

@@ -27,6 +27,13 @@ from fastmaml.engines.native_arguments import (
     sample_arguments,
 )
 from fastmaml.engines.native_call import PreparedCall, weighted_loss
+from fastmaml.engines.native_curvature import (
+    FORWARD,
+    GAUSS_NEWTON,
+    GRADIENT,
+    HESSIAN,
+    NativeCurvature,
+)
 from fastmaml.engines.native_inductive import evaluate_inductive
 from fastmaml.engines.native_workspace import Calls
 from fastmaml.engines.placement import Placement, backend_for
@@ -35,7 +42,6 @@ from fastmaml.tasks.batch import TaskBatch
 unavailable = _native.unavailable
 
 _MEMORY = {"auto": 0, "keep": 1, "recompute": 2}
-_FORWARD, _GRADIENT, _HESSIAN, _GAUSS_NEWTON = range(4)
 
 
 class Plan(NamedTuple):
@@ -101,6 +107,7 @@ class NativeEngine(Calls):
         self._classes = program.loss.kind == "cross_entropy"
         self._programs: dict[tuple[int, ...], Any] = {}
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        self._tapes: list[Tensor] = []  # of products that are done
         self._stream = 0  # whose order the workspace is used in
         self._lock = threading.Lock()
         self._plan: Any = None
@@ -238,7 +245,7 @@ class NativeEngine(Calls):
         outputs = self._program_for(x).outputs
         dtype = self._parameters.dtype(params)
         output = self._empty((x.shape[0], x.shape[1], outputs), dtype)
-        self._product(_FORWARD, params, x, None, output=_native.own_address(output))
+        self._product(FORWARD, params, x, None, output=_native.own_address(output))
         return output
 
     def value_and_grad(
@@ -249,18 +256,22 @@ class NativeEngine(Calls):
         metrics = self._empty((2, x.shape[0]), torch.float64)
         result, addresses = self._parameters.make(dtype, (x.shape[0],))
         where = _native.own_address(metrics[0]), _native.own_address(metrics[1])
-        self._product(_GRADIENT, params, x, y, metrics=where, result=addresses)
+        self._product(GRADIENT, params, x, y, metrics=where, result=addresses)
         return metrics[0].to(dtype), result
 
     def hvp(self, params: Params, x: Tensor, y: Tensor, vector: Params) -> Named:
         """See `fastmaml.engines.base.Engine.hvp`."""
-        return self._curvature(_HESSIAN, params, x, y, vector)
+        return self._curvature(HESSIAN, params, x, y, vector)
 
     def gauss_newton_product(
         self, params: Params, x: Tensor, y: Tensor, vector: Params
     ) -> Named:
         """See `fastmaml.engines.base.Engine.gauss_newton_product`."""
-        return self._curvature(_GAUSS_NEWTON, params, x, y, vector)
+        return self._curvature(GAUSS_NEWTON, params, x, y, vector)
+
+    def curvature(self, params: Params, x: Tensor, y: Tensor) -> NativeCurvature:
+        """See `fastmaml.engines.base.Engine.curvature`."""
+        return NativeCurvature(self, params, x, y)
 
     # -- calls --------------------------------------------------------------------
 
@@ -294,12 +305,24 @@ class NativeEngine(Calls):
         )
 
     def _curvature(
-        self, product: int, params: Params, x: Tensor, y: Tensor, vector: Params
+        self,
+        product: int,
+        params: Params,
+        x: Tensor,
+        y: Tensor,
+        vector: Params,
+        kept: tuple[int, bool] = (0, False),
     ) -> Named:
         dtype = self._parameters.dtype(params)
-        result, addresses = self._parameters.make(dtype, (x.shape[0],))
-        self._product(product, params, x, y, vector=vector, result=addresses)
+        result, to = self._parameters.make(dtype, (x.shape[0],))
+        self._product(product, params, x, y, vector=vector, result=to, kept=kept)
         return result
+
+    def _may_keep(self, size: int) -> bool:
+        """Whether so many bytes may wait for a later pass."""
+        if self._memory == _MEMORY["auto"]:
+            return bool(size <= self._core.KEEP_BYTES)
+        return self._memory == _MEMORY["keep"]
 
     def _product(
         self,
@@ -312,6 +335,7 @@ class NativeEngine(Calls):
         output: int = 0,
         metrics: tuple[int, int] = (0, 0),
         result: Sequence[int] = (),
+        kept: tuple[int, bool] = (0, False),
     ) -> None:
         own = self._parameters
         dtype = own.dtype(params)
@@ -333,6 +357,7 @@ class NativeEngine(Calls):
             output,
             *metrics,
             result,
+            *kept,
         )
 
     def _program_for(self, x: Tensor) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.engines.base import Rates
-from fastmaml.rl.policies import Policy
+from fastmaml.rl.policies import Policy, Product
 from fastmaml.rl.trajectories import Samples
 
 Named = dict[str, Tensor]
@@ -41,7 +41,7 @@ class Adaptation:
         self.policy = policy
         self.rates: list[float] = []
         self.thetas = [for_each_task(params, tasks)]
-        self._supports: list[tuple[Samples, Tensor]] = []
+        self._hessians: list[Product] = []
 
     @property
     def adapted(self) -> Named:
@@ -53,9 +53,9 @@ class Adaptation:
         x, y = samples.x, self.policy.inner_target(samples)
         values = torch.tensor(rate, dtype=x.dtype)
         inner = self.policy.inner
+        self._hessians.append(self.policy.inner_hessian(self.adapted, samples, y))
         self.thetas.append(inner.adapt(self.adapted, Rates(values), x, y, steps=1))
         self.rates.append(rate)
-        self._supports.append((samples, y))
         return self.adapted
 
     def tangent(self, v: Named) -> Named:
@@ -74,13 +74,14 @@ class Adaptation:
         """The same parameters, with derivatives from other samples of each step."""
         other = Adaptation.__new__(Adaptation)
         other.policy, other.rates, other.thetas = self.policy, self.rates, self.thetas
-        other._supports = [(s, self.policy.inner_target(s)) for s in supports]
+        hessian, target = self.policy.inner_hessian, self.policy.inner_target
+        pairs = zip(self.thetas, supports, strict=False)
+        other._hessians = [hessian(p, s, target(s)) for p, s in pairs]
         return other
 
     def _curved(self, k: int, v: Named) -> Named:
         """(I - a_k H_k) v."""
-        samples, y = self._supports[k]
-        h = self.policy.inner_product(self.thetas[k], samples, y, v)
+        h = self._hessians[k](v)
         return {n: torch.sub(v[n], h[n], alpha=self.rates[k]) for n in v}
 
 

@@ -49,15 +49,14 @@ class MetaObjective:
         self._old = policy.outputs(adaptation.adapted, query.x)
         self._old_log = policy.log_probability(self._old, query.actions)
         self._curvature = adaptation
-        self._fisher_x, outputs = query.x, self._old
-        fisher = query
+        fisher, outputs = query, self._old
         if stride > 1:
             thin = [s.every(stride, first) for s in self.supports]
             fisher = query.every(stride, first)
             outputs = self._old[:, first::stride].contiguous()
             self._curvature = adaptation.on(thin)
-        self._fisher_x = fisher.x
-        self._fisher_y = policy.divergence_target(fisher, outputs)
+        target = policy.divergence_target(fisher, outputs)
+        self._fisher = policy.divergence.curvature(adaptation.adapted, fisher.x, target)
 
     @property
     def loss(self) -> float:
@@ -75,9 +74,7 @@ class MetaObjective:
         """
         direction = for_each_task(self.flat.split(v), self._tasks)
         tangent = self._curvature.tangent(direction)
-        product = self.policy.divergence.gauss_newton_product(
-            self._adaptation.adapted, self._fisher_x, self._fisher_y, tangent
-        )
+        product = self._fisher.gauss_newton_product(tangent)
         return self.flat.mean(self._curvature.adjoint(product))
 
     def evaluate(self, theta: Tensor) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from fastmaml.rl.dice import log_slopes, trajectory_credits
 from fastmaml.rl.trajectories import Samples
 
 Kind = Literal["gaussian", "categorical"]
+Product = Callable[[Params], dict[str, Tensor]]  # of a matrix with a vector
 InnerLoss = Literal["reinforce", "likelihood_ratio", "dice"]
 INNER_LOSSES = ("reinforce", "likelihood_ratio", "dice")
 
@@ -144,25 +145,31 @@ class Policy:
             parts.append(old.unsqueeze(-1))
         return torch.cat(parts, -1)
 
-    def inner_product(
-        self, params: Params, samples: Samples, target: Tensor, v: Params
-    ) -> dict[str, Tensor]:
-        """Hessian of the inner loss times ``v``, name -> [T, ...].
+    def inner_hessian(
+        self, params: Params, samples: Samples, target: Tensor
+    ) -> Product:
+        """The Hessian of the inner loss, for products with many vectors.
 
         Args:
-            params: name -> [T, ...].
+            params: name -> [T, ...]; they must not change between products.
             samples: of the inner loss.
             target: of :meth:`inner_target` for them.
-            v: name -> [T, ...].
+
+        Returns:
+            The map from v, name -> [T, ...], to the Hessian times v.
         """
-        product = self.inner.hvp(params, samples.x, target, v)
+        hvp = self.inner.curvature(params, samples.x, target).hvp
         if self.inner_loss != "dice":
-            return product
-        slopes = log_slopes(self.model, self.log_probability, params, samples, v)
-        credits = trajectory_credits(samples.advantages, slopes, samples.length)
-        target = self.score_target(samples, credits)
-        _, more = self.score.value_and_grad(params, samples.x, target)
-        return {n: product[n] + more[n] for n in product}
+            return hvp
+
+        def product(v: Params) -> dict[str, Tensor]:
+            slopes = log_slopes(self.model, self.log_probability, params, samples, v)
+            credits = trajectory_credits(samples.advantages, slopes, samples.length)
+            score = self.score_target(samples, credits)
+            _, more = self.score.value_and_grad(params, samples.x, score)
+            return {n: h + more[n] for n, h in hvp(v).items()}
+
+        return product
 
     def score_target(self, samples: Samples, advantages: Tensor) -> Tensor:
         """Targets [T, N, A + 1] of -mean(log pi A) for these advantages [T, N]."""
