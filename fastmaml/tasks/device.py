@@ -44,6 +44,10 @@ class DeviceStream(TaskStream):
         """Which stream; waits for the device."""
         return int(self.place[0].item()) % _BITS
 
+    @key.setter
+    def key(self, key: int) -> None:
+        self.move(key, self.task)
+
     @property
     def task(self) -> int:
         """Number of the next task; waits for the device."""

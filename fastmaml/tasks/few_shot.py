@@ -102,8 +102,8 @@ class FewShotImages(TaskSampler):
             return self._restated(tasks, stream)
         support, query = self.ways * self.shots, self.ways * self.queries
         pixels = math.prod(self.input_shape)
-        x = {"dtype": self.dtype, "device": self.device}
-        y = {"dtype": torch.int64, "device": self.device}
+        x: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        y: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
         support_x = torch.empty((tasks, support, pixels), **x)
         query_x = torch.empty((tasks, query, pixels), **x)
         support_y = torch.empty((tasks, support), **y)
@@ -124,9 +124,7 @@ class FewShotImages(TaskSampler):
             query_y,
         )
 
-    def _launch(
-        self, tasks: int, stream: TaskStream, made: tuple[Tensor, ...]
-    ) -> None:
+    def _launch(self, tasks: int, stream: TaskStream, made: tuple[Tensor, ...]) -> None:
         """By kernels, for which nobody waits."""
         assert self._place is not None
         single = self.dtype == torch.float32

@@ -110,7 +110,7 @@ class Sinusoid(TaskSampler):
         like = self._like
         if like is None or like[0] != tasks:
             samples, queries = self._sizes
-            kind = {"dtype": self.dtype, "device": self.device}
+            kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
             support = torch.empty((tasks, samples, 1), **kind)
             query = torch.empty((tasks, queries, 1), **kind)
             self._like = like = tasks, support, query
@@ -134,7 +134,9 @@ class Sinusoid(TaskSampler):
         assert self._place is not None
         single = self.dtype == torch.float32
         core = _native.core()
-        draw = core.device_sinusoids_float32 if single else core.device_sinusoids_float64
+        draw = (
+            core.device_sinusoids_float32 if single else core.device_sinusoids_float64
+        )
         ranges = self.amplitude, self.phase, self.x
         there = DeviceStream.of(stream, self.device)
         with self._place.guard():
