@@ -7,6 +7,7 @@ same tests capture and replay it.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import backends
 import pytest
@@ -19,6 +20,7 @@ from fastmaml.models import sinusoid_mlp
 from fastmaml.tasks import FewShotImages, Sinusoid
 from fastmaml.tasks.device import DeviceStream
 from fastmaml.train import DivergenceError, fit, load_checkpoint
+from fastmaml.train.captured import CapturedStep
 from fastmaml.train.logging import read_metrics
 from fastmaml.train.watch import LossWatch
 
@@ -247,18 +249,22 @@ def test_the_loss_is_read_where_a_row_is_due_and_not_before(engine, monkeypatch)
 
 
 @pytest.mark.parametrize("engine", GPUS)
-def test_other_settings_are_captured_anew(engine):
+def test_other_settings_are_captured_anew(engine, monkeypatch):
     """First order from the sixth step on: the learner's settings may change."""
     got, want = parts(engine), parts(engine)
-    settings = got[0].settings
+    settings, captures, capture = got[0].settings, [], CapturedStep._capture
+
+    def noted(self):
+        captures.append(self._learner.settings.first_order)
+        capture(self)
 
     def change(row):
         if row["iteration"] == 5:
-            from dataclasses import replace
-
             got[0].settings = replace(settings, first_order=True)
 
+    monkeypatch.setattr(CapturedStep, "_capture", noted)
     run(got, 9, log_every=5, on_log=change)
+    assert captures == [False, True]
     by_hand(want, 5)
     want[0].settings = got[0].settings
     by_hand(want, 4)
