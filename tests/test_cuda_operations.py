@@ -248,7 +248,7 @@ def test_rate_tables(driver, dtype, per_tensor, collect):
 
 # -- optimizers ------------------------------------------------------------------------
 
-COUNTS = (1, 1024, 2500, 7, *([3] * 60))
+COUNTS = (1, 1024, 0, 2500, 7, *([3] * 60), 0)  # empty ones are counted too
 ADAM = [
     {"lr": 0.01},
     {"lr": 0.02, "weight_decay": 0.1},
@@ -285,6 +285,7 @@ def test_adam_is_that_of_torch(driver, dtype, options, device_rate):
     p = _copies(memory, start)
     m, v, largest = (_copies(memory, [torch.zeros_like(q) for q in p]) for _ in "mvl")
     steps = [torch.zeros(1) for _ in p]
+    arrivals = torch.zeros(1, dtype=torch.int32)
     rate = torch.tensor([options["lr"]], dtype=torch.float64)
     numbers = [math.nan if device_rate else options["lr"], 0.9, 0.999, 1e-8]
     numbers += [settings["weight_decay"], float("decoupled" in options)]
@@ -300,8 +301,10 @@ def test_adam_is_that_of_torch(driver, dtype, options, device_rate):
             *(
                 torch.tensor(numbers, dtype=torch.float64),
                 rate if device_rate else None,
+                arrivals,
             ),
         )
+        assert arrivals.item() == 0
     assert all(s.item() == 3 for s in steps)
     close(torch.cat(p), torch.cat(theirs).detach(), dtype)
     memory.check()

@@ -25,6 +25,11 @@ def double(dtype) -> int:
     return int(dtype == torch.float64)
 
 
+def stream_at(key: int, task: int) -> torch.Tensor:
+    """Where a stream stands, as in a device's memory."""
+    return torch.from_numpy(np.array([key, task], dtype=np.uint64).view(np.int64))
+
+
 KEY = 0xFEDCBA9876543210
 
 
@@ -54,10 +59,12 @@ def test_waves_are_those_of_the_sampler(driver, dtype, far):
     places = [memory.empty(4 * n) for n in sizes.values() for _ in "xy"]
     ranges = torch.tensor([0.1, 5.0, 0.0, math.pi, *x], dtype=torch.float64)
     amplitude, phase = memory.empty(4), memory.empty(4)
+    stream = stream_at(key, first)
     driver.call(
-        *("sinusoids", double(dtype), key, first, 4, 7, 3, ranges, *places),
+        *("sinusoids", double(dtype), stream, 4, 7, 3, ranges, *places),
         *(amplitude, phase),
     )
+    assert torch.equal(stream, stream_at(key, first + 4))
     names = ("support_x", "support_y", "query_x", "query_y")
     bound = 1e-13 if double(dtype) else 1e-5
     for got, name in zip(places, names, strict=True):
@@ -76,8 +83,10 @@ def test_episodes_are_those_of_the_stream(driver, sizes):
     classes, drawings, ways, shots, queries = sizes
     tasks, each = 3, shots + queries
     rows = [torch.full((tasks, ways, n), -1) for n in (shots, queries) * 2]
-    driver.call("episodes", KEY, 9, tasks, torch.tensor(sizes), *rows)
-    words = task_words(KEY, 9, tasks, ways * (1 + each))
+    stream = stream_at(KEY, 2**32 - 2)
+    driver.call("episodes", stream, tasks, torch.tensor(sizes), *rows)
+    assert torch.equal(stream, stream_at(KEY, 2**32 - 2))
+    words = task_words(KEY, 2**32 - 2, tasks, ways * (1 + each))
     picked = distinct(words[:, :ways], classes)
     drawn = distinct(words[:, ways:].reshape(-1, each), drawings)
     want = picked[:, :, None] * drawings + drawn.reshape(tasks, ways, each)
@@ -95,7 +104,8 @@ def test_episodes_that_do_not_fit_are_refused(driver):
     ):
         with pytest.raises(RuntimeError, match=reason):
             driver.call(
-                "episodes", 1, 0, 1, torch.tensor(sizes), rows, rows, None, None
+                *("episodes", stream_at(1, 0), 1, torch.tensor(sizes), rows, rows),
+                *(None, None),
             )
 
 
@@ -113,18 +123,21 @@ def test_images_are_those_of_the_sampler(
     sampler = FewShotImages(images, seed=3, **options)
     key, first = (sampler.state_dict()[n] for n in ("key", "task"))
     want = sampler.sample(3)
-    rows = [torch.full((3, 5, n), -1) for n in (1, 2)]
+    rows = torch.full((45,), -1)
     sizes = torch.tensor([24, 5, 5, 1, 2])
-    driver.call("episodes", key, first, 3, sizes, *rows, None, None)
+    stream = stream_at(key, first)
+    driver.call("episodes", stream, 3, sizes, rows, rows[15:], None, None)
     quarters = torch.tensor([angle // 90 for angle in rotations])
     memory = Memory(dtype, 1)
-    for row, x in zip(rows, (want.support_x, want.query_x), strict=True):
-        out = memory.empty(x.numel())
-        driver.call(
-            *("gather_images", double(dtype), images),
-            *(torch.tensor([6, 5, channels, 17, 17]), quarters),
-            *(int(invert), int(channels_last), row, row.numel(), out),
-        )
+    halves = (want.support_x, want.query_x)
+    outs = [memory.empty(x.numel()) for x in halves]
+    driver.call(
+        *("gather_images", double(dtype), images),
+        *(torch.tensor([6, 5, channels, 17, 17]), quarters),
+        *(int(invert), int(channels_last), rows, 15, 30, *outs, stream, 3),
+    )
+    for x, out in zip(halves, outs, strict=True):
         stored = x.permute(0, 1, 3, 4, 2) if channels_last else x
         assert torch.equal(out.view(stored.shape), stored)
+    assert torch.equal(stream, stream_at(key, first + 3))
     memory.check()

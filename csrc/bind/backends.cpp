@@ -41,6 +41,7 @@ py::dict describe(BackendKind kind) {
   d["lockstep"] = b.lockstep;
   d["host_memory"] = b.host_memory;
   d["tensor_cores"] = b.tensor_cores;
+  d["samples"] = sampling_ops<float>(kind).sinusoids != nullptr;
   return d;
 }
 
@@ -66,8 +67,26 @@ const Backend<S>& backend(BackendKind kind) {
   return *found;
 }
 
+template <class S>
+tasks::SamplingOps<S> sampling_ops(BackendKind kind) {
+  switch (kind) {
+#if defined(FM_HAVE_CUDA)
+    case BackendKind::cuda:
+      return cuda::sampling_ops<S>();
+#endif
+#if defined(FM_HAVE_CUDA_EMULATED)
+    case BackendKind::cuda_emulated:
+      return cuda_emulated::sampling_ops<S>();
+#endif
+    default:
+      return {};
+  }
+}
+
 template const Backend<float>& backend(BackendKind);
 template const Backend<double>& backend(BackendKind);
+template tasks::SamplingOps<float> sampling_ops(BackendKind);
+template tasks::SamplingOps<double> sampling_ops(BackendKind);
 
 // Name -> what a caller must know of it.
 void define_backends(py::module_& m) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind/arguments.h"
+#include "cuda/sampling.h"
 
 namespace fm::bind {
 
@@ -17,6 +18,9 @@ std::vector<std::string> built_backends();
 // Throws `Error` if it was not built.
 template <class S>
 const Backend<S>& backend(BackendKind kind);
+// Its samplers of tasks, null where it has none.
+template <class S>
+tasks::SamplingOps<S> sampling_ops(BackendKind kind);
 
 // The table that notes what is asked of the emulated CUDA backend; null unless a recording is on.
 template <class S>

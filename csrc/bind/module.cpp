@@ -216,6 +216,8 @@ PYBIND11_MODULE(_core, m) {
   bind::define_prepared(m);
   bind::define_optimizers(m);
   bind::define_sampling(m);
+  bind::define_device_sampling(m);
+  bind::define_emulation(m);
   bind::define_watch(m);
   m.attr("KEEP_BYTES") = kKeepBytes;
   m.def("build_info", &build_info);

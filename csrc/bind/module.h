@@ -15,6 +15,10 @@ void define_backends(pybind11::module_& m);
 void define_launches(pybind11::module_& m);
 // Batches of tasks.
 void define_sampling(pybind11::module_& m);
+// Batches of tasks made by backends in lockstep, in their own memory.
+void define_device_sampling(pybind11::module_& m);
+// What tests ask of emulated kernels, where there are any.
+void define_emulation(pybind11::module_& m);
 // Notices changes of objects that prepared calls rely on.
 void define_watch(pybind11::module_& m);
 

@@ -34,10 +34,12 @@ const OptimizerOps<S>& ops_of(const StepPlace& where) {
 template <class S>
 class Adam {
  public:
-  // `steps` are counters in float32, as torch keeps them; `largest` is empty without amsgrad.
+  // `steps` are counters in float32, as torch keeps them; `largest` is empty without amsgrad;
+  // `arrivals` is a zero in backend memory, or 0 where that is the host's.
   Adam(const Counts& counts, const Addresses& params, const Addresses& gradients,
        const Addresses& means, const Addresses& squares, const Addresses& largest,
-       const Addresses& steps) {
+       const Addresses& steps, Address arrivals)
+      : arrivals_(at<unsigned>(arrivals)) {
     const size_t n = counts.size();
     const auto p = pointers<S>("params", params, n), g = pointers<S>("gradients", gradients, n),
                m = pointers<S>("exp_avg", means, n), v = pointers<S>("exp_avg_sq", squares, n),
@@ -53,12 +55,13 @@ class Adam {
             double weight_decay, bool decoupled, bool maximize) {
     py::gil_scoped_release release;
     const math::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
-    ops_of<S>(where).adam(options, at<const double>(std::get<2>(where)), tensors_.data(),
+    ops_of<S>(where).adam(options, at<const double>(std::get<2>(where)), arrivals_, tensors_.data(),
                           index_t(tensors_.size()), exec_of(where));
   }
 
  private:
   std::vector<AdamTensor<S>> tensors_;
+  unsigned* arrivals_;
 };
 
 template <class S>
@@ -96,7 +99,7 @@ template <class S>
 void define(py::module_& m, const std::string& dtype) {
   py::class_<Adam<S>>(m, ("Adam" + dtype).c_str())
       .def(py::init<const Counts&, const Addresses&, const Addresses&, const Addresses&,
-                    const Addresses&, const Addresses&, const Addresses&>())
+                    const Addresses&, const Addresses&, const Addresses&, Address>())
       .def("step", &Adam<S>::step);
   py::class_<Sgd<S>>(m, ("Sgd" + dtype).c_str())
       .def(py::init<const Counts&, const Addresses&, const Addresses&, const Addresses&,

@@ -34,8 +34,8 @@ inline void adam_tensor(const math::AdamRule<S>& r, index_t n, const S* g, S* p,
   }
 }
 
-inline void adam(const math::AdamOptions& given, const double* lr, const AdamTensor<S>* tensors,
-                 index_t count, const Exec&) {
+inline void adam(const math::AdamOptions& given, const double* lr, unsigned*,
+                 const AdamTensor<S>* tensors, index_t count, const Exec&) {
   math::AdamOptions options = given;
   if (lr) options.lr = *lr;
   math::AdamRule<S> rule{};

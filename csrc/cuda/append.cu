@@ -6,6 +6,7 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
+#include "cuda/parameter_update.cuh"
 #include "cuda/reduce.cuh"
 
 namespace FM_CUDA {
@@ -35,8 +36,8 @@ FM_KERNEL void append_kernel(const AppendParams<S> p) {
 template <class S>
 struct AppendAdjointParams {
   const S* dy;  // [T, N, out]
-  S *dx, *dw;   // may be null
-  index_t dw_stride;
+  S* dx;        // may be null
+  ParameterUpdate<S> dw;
   unsigned items, copies;  // T N in, and the blocks that copy them
   int samples, in, out;
 };
@@ -58,7 +59,7 @@ FM_KERNEL void append_adjoint_kernel(const AppendAdjointParams<S> p) {
     sum += double(dy[index_t(n) * p.out]);
   }
   sum = block_sum(sum, shared_memory<double>());
-  if (threadIdx.x == 0) p.dw[task * p.dw_stride + i] = S(sum);
+  if (threadIdx.x == 0) p.dw.store(task, i, S(sum));
 }
 
 template <class S>
@@ -83,7 +84,7 @@ void run_adjoint(const LayerArgs<S>& a, const S* dy, S* dx, S* dw, const Exec& e
   const unsigned sums = dw ? unsigned(a.tasks * (out - in)) : 0;
   if (copies + sums == 0) return;
   const AppendAdjointParams<S> p{
-      dy, dx, dw, a.dw_stride, unsigned(items), copies, int(a.samples), int(in), int(out)};
+      dy, dx, weight_update(a, dw), unsigned(items), copies, int(a.samples), int(in), int(out)};
   launch(append_adjoint_kernel<S>, copies + sums, kThreads, kWarp * sizeof(double), exec, p);
 }
 

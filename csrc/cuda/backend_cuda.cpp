@@ -62,6 +62,7 @@ Backend<S> table() {
       true,
       kHostMemory,
       true,
+      true,
       task_slots,
       for_each_task<S>,
       for_each_range};

@@ -1,11 +1,15 @@
 #include "cuda/host_emulation.h"
 
 #include <cxxabi.h>
+#include <sys/mman.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
+#include <mutex>
 
 #include "common/error.h"
+#include "cuda/inspect.h"
 #include "cuda/launch.h"
 #include "cuda/machine.h"
 
@@ -30,6 +34,41 @@ void read_environment() {
   }();
   (void)once;
 }
+
+// What inspect.h knows.
+struct Inspected {
+  std::mutex mutex;
+  bool recording = false;
+  std::vector<std::string> launches;
+  std::vector<std::pair<void*, std::size_t>> memory;
+  int running = 0;  // launches
+
+  void access(int allowed) {
+    for (const auto& [at, bytes] : memory) {
+      if (mprotect(at, bytes, allowed) != 0) fail("device memory: ", std::strerror(errno));
+    }
+  }
+};
+
+Inspected& inspected() {
+  static Inspected all;
+  return all;
+}
+
+// A launch, while which device memory can be touched.
+struct Launched {
+  explicit Launched(const Launch& call) {
+    Inspected& all = inspected();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (all.recording) all.launches.push_back(kernel_name(call.text));
+    if (all.running++ == 0) all.access(PROT_READ | PROT_WRITE);
+  }
+  ~Launched() {
+    Inspected& all = inspected();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (--all.running == 0) all.access(PROT_NONE);
+  }
+};
 
 void land(Thread& thread, std::size_t groups) {
   if (groups == 0) return;
@@ -140,7 +179,32 @@ void run_launch(const Launch& call) {
   }
   read_environment();
   if (!machine) make_machine();
+  const Launched launched(call);
   machine->run(call, shuffle_seed);
+}
+
+void record_launches() {
+  Inspected& all = inspected();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.recording = true;
+  all.launches.clear();
+}
+
+std::vector<std::string> recorded_launches() {
+  Inspected& all = inspected();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.recording = false;
+  return std::move(all.launches);
+}
+
+void* device_memory(std::size_t bytes) {
+  Inspected& all = inspected();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const int access = all.running > 0 ? PROT_READ | PROT_WRITE : PROT_NONE;
+  void* at = mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) fail("device memory of ", bytes, " bytes: ", std::strerror(errno));
+  all.memory.emplace_back(at, bytes);
+  return at;
 }
 
 }  // namespace fm::cuda_emulated

@@ -125,6 +125,14 @@ T __ldg(const T* p) {
   return *p;
 }
 
+// Fibers of one OS thread take turns, so that nothing can come between.
+inline unsigned atomicAdd(unsigned* p, unsigned v) {
+  const unsigned before = *p;
+  *p += v;
+  return before;
+}
+inline void __threadfence() {}
+
 // What lane `from(lane)` left, or the own value where that is no lane.
 template <class T, class From>
 T shuffled(T v, From from, Place place) {

@@ -3,11 +3,14 @@
 // A block takes a sample: one or two sums over its features, then the map. Adjoints of scale and
 // shift are sums over the samples of a task that need no statistics of the pass itself, so other
 // blocks of the same launch take them: kColumns features of a task each, the samples in
-// kThreads / kColumns interleaved rows, then a tree. All sums are in double and of fixed order.
+// kThreads / kColumns interleaved rows, then a tree. They have a launch of their own where they go
+// where the tangent of the scale is, which the samples read. All sums are in double and of fixed
+// order.
 // saved [6, N] per task: mean, r, m1, m2, tmean, q of every sample.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
+#include "cuda/parameter_update.cuh"
 #include "cuda/reduce.cuh"
 #include "math/normalize.h"
 
@@ -23,11 +26,12 @@ struct LayerNormParams {
   const S *x, *tx, *dy, *tdy;                // [T, N, F]
   S* out;                                    // y, dx, ty or tdx
   const S *scale, *tscale, *shift, *tshift;  // [F], null where absent or not perturbed
-  S *dscale, *dshift;                        // parameter adjoints or their tangents
-  index_t w_stride, tw_stride, dw_stride;
+  index_t w_stride, tw_stride;
   S* saved;
   int tasks, samples, features;
   double eps;
+  ParameterUpdate<S> dscale, dshift;  // parameter adjoints or their tangents
+  unsigned sample_blocks;             // of this launch; the others are of parameters
 };
 
 // Statistics of a sample, as far as a pass has them.
@@ -193,17 +197,16 @@ FM_DEVICE void parameter_block(const LayerNormParams<S>& p, int block) {
     }
   }
   if (int(threadIdx.x) >= kColumns || i >= p.features) return;
-  if (p.dscale) p.dscale[task * p.dw_stride + i] = S(own[0]);
-  if (p.dshift) p.dshift[task * p.dw_stride + i] = S(own[kColumns]);
+  if (p.dscale.to) p.dscale.store(task, i, S(own[0]));
+  if (p.dshift.to) p.dshift.store(task, i, S(own[kColumns]));
 }
 
 template <class S, Pass P>
 FM_KERNEL void __launch_bounds__(kThreads, 1) layer_norm_kernel(const LayerNormParams<S> p) {
-  const index_t samples = index_t(p.tasks) * p.samples;
-  if (blockIdx.x < samples) {
+  if (blockIdx.x < p.sample_blocks) {
     sample_block<P>(p, blockIdx.x);
   } else if constexpr (P == Pass::backward || P == Pass::tangent_backward) {
-    parameter_block<P>(p, int(blockIdx.x - samples));
+    parameter_block<P>(p, int(blockIdx.x - p.sample_blocks));
   }
 }
 
@@ -221,22 +224,33 @@ void run(const LayerArgs<S>& a, S* out, S* dw, const Exec& exec) {
                        scale(a.tw),
                        shift(a.w),
                        shift(a.tw),
-                       scale(dw),
-                       shift(dw),
                        a.w_stride,
                        a.tw_stride,
-                       a.dw_stride,
                        a.saved,
                        int(a.tasks),
                        int(a.samples),
                        int(d.in.size()),
-                       d.eps};
-  index_t blocks = a.tasks * a.samples;
-  if (p.dscale || p.dshift) blocks += a.tasks * divide_up(d.in.size(), kColumns);
-  require(blocks < (index_t(1) << 31), "layer norm: expected fewer than 2^31 samples, got ",
-          a.tasks * a.samples, "; use fewer tasks or samples a call");
-  launch((layer_norm_kernel<S, P>), unsigned(blocks), kThreads, 2 * kThreads * sizeof(double), exec,
-         p);
+                       d.eps,
+                       weight_update(a, dw),
+                       bias_update(a, dw),
+                       0};
+  const index_t samples = a.tasks * a.samples;
+  const bool wanted = p.dscale.to || p.dshift.to;
+  const index_t parameters = wanted ? a.tasks * divide_up(d.in.size(), kColumns) : 0;
+  require(samples + parameters < (index_t(1) << 31),
+          "layer norm: expected fewer than 2^31 samples, got ", samples,
+          "; use fewer tasks or samples a call");
+  const auto go = [&](index_t of_samples, index_t of_parameters) {
+    p.sample_blocks = unsigned(of_samples);
+    launch((layer_norm_kernel<S, P>), unsigned(of_samples + of_parameters), kThreads,
+           2 * kThreads * sizeof(double), exec, p);
+  };
+  if (p.tscale && p.tscale == p.dscale.to) {
+    go(samples, 0);
+    go(0, parameters);
+  } else {
+    go(samples, parameters);
+  }
 }
 
 }  // namespace

@@ -6,7 +6,8 @@
 //   sums   two sums per channel. A thread adds up to kRun terms in S before they join a sum in
 //          double; a tree over the block's threads follows, then the parts in ascending order
 //   map    every block adds up the parts' sums anew, gets the channels' statistics from them, and
-//          maps its share of the items; block 0 stores statistics and parameter adjoints as well
+//          maps its share of the items; block 0 stores statistics as well and, in the end,
+//          parameter adjoints or what they are to update
 //
 // in two launches, or in one where a block can take all rows of its channels. What is summed hangs
 // on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
@@ -17,6 +18,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
+#include "cuda/parameter_update.cuh"
 #include "math/normalize.h"
 #include "program/layer.h"
 
@@ -49,8 +51,9 @@ struct NormParams {
   index_t saved_stride;
   double* partial;  // [T, parts, 2, C] in scratch memory, tasks `partial_stride` apart
   index_t partial_stride;
-  S *dscale, *dshift;  // parameter adjoints or their tangents
-  index_t dw_stride;
+  ParameterUpdate<S> dscale, dshift;  // parameter adjoints or their tangents
+  S* kept_tscale;                     // [C] in scratch memory; null: none to be kept
+  index_t kept_stride;
 };
 
 constexpr int kRun = 64;
@@ -112,7 +115,7 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
   return k;
 }
 
-// The statistics of channel c from its two sums; `owner` stores them and the parameter adjoints.
+// The statistics of channel c from its two sums; `owner` stores them.
 template <NormPass P, class S>
 FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, double sum1,
                                double sum2, bool owner, S* found, int width) {
@@ -134,10 +137,6 @@ FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, doub
     constexpr int row = 2 * int(P);
     saved[row * p.channels] = first;
     saved[(row + 1) * p.channels] = second;
-  }
-  if constexpr (P == NormPass::backward || P == NormPass::tangent_backward) {
-    if (p.dshift) p.dshift[task * p.dw_stride + c] = S(sum1);
-    if (p.dscale) p.dscale[task * p.dw_stride + c] = S(sum2);
   }
 }
 
@@ -311,30 +310,43 @@ FM_DEVICE void norm_pass(const Params& p) {
     for (int i = int(threadIdx.x); i < 2 * own; i += int(blockDim.x)) {
       parts[kept(int(blockIdx.x), i / own, i % own)] = sums[place(i / own, i % own)];
     }
+    if (p.kept_tscale && blockIdx.x == 0) {
+      for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
+        p.kept_tscale[task * p.kept_stride + from + i] = p.tscale[task * p.tw_stride + from + i];
+      }
+    }
     return;
   }
   S* found = reinterpret_cast<S*>(p.sums ? sums + rows * 2 * width : sums);
+  const auto total = [&](int which, int i) {
+    if (p.sums) return sums[place(which, i)];
+    double sum = 0;
+    FM_UNROLL_BY_FOUR
+    for (int part = 0; part < p.parts; ++part) sum += parts[kept(part, which, i)];
+    return sum;
+  };
   for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
-    double sum1 = 0, sum2 = 0;
-    if (p.sums) {
-      sum1 = sums[place(0, i)];
-      sum2 = sums[place(1, i)];
-    } else {
-      FM_UNROLL_BY_FOUR
-      for (int part = 0; part < p.parts; ++part) {
-        sum1 += parts[kept(part, 0, i)];
-        sum2 += parts[kept(part, 1, i)];
-      }
-    }
-    find_statistics<P>(p, task, from + i, sum1, sum2, blockIdx.x == 0, found + i, width);
+    find_statistics<P>(p, task, from + i, total(0, i), total(1, i), blockIdx.x == 0, found + i,
+                       width);
   }
   __syncthreads();
-  if (!inside || !p.rows.out) return;
-  const Map sweep(p, task, c, found + lane * W, width);
-  const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
-  FM_UNROLL_BY_FOUR
-  for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
-    sweep.map(i);
+  if (inside && p.rows.out) {
+    const Map sweep(p, task, c, found + lane * W, width);
+    const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
+    FM_UNROLL_BY_FOUR
+    for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
+      sweep.map(i);
+    }
+  }
+  if constexpr (P == NormPass::backward || P == NormPass::tangent_backward) {
+    // the adjoint of the scale may go where its tangent is, which the map reads: in one launch all
+    // have read it now, in two the map reads the copy that the first launch has kept
+    if (blockIdx.x > 0) return;
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
+      if (p.dshift.to) p.dshift.store(task, from + i, S(total(0, i)));
+      if (p.dscale.to) p.dscale.store(task, from + i, S(total(1, i)));
+    }
   }
 }
 

@@ -35,9 +35,8 @@ NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
   p.saved_stride = saved_count(d, a.samples);
   p.partial = static_cast<double*>(exec.scratch);
   p.partial_stride = scratch_count(d, a.samples) * index_t(sizeof(S)) / index_t(sizeof(double));
-  p.dscale = scale(dw);
-  p.dshift = shift(dw);
-  p.dw_stride = a.dw_stride;
+  p.dscale = weight_update(a, dw);
+  p.dshift = bias_update(a, dw);
   return p;
 }
 
@@ -70,7 +69,16 @@ void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S
                  threads, (sum ? sums : 0) + (map ? found : 0), exec, p);
   };
   if (alone) return go(true, true, 1);
+  if (p.tscale && p.tscale == p.dscale.to) {
+    // behind the parts' sums, where the CPU has coefficients
+    p.kept_tscale = reinterpret_cast<S*>(p.partial + 2 * kStatisticParts * p.channels);
+    p.kept_stride = p.partial_stride * index_t(sizeof(double) / sizeof(S));
+  }
   go(true, false, p.parts);
+  if (p.kept_tscale) {
+    p.tscale = p.kept_tscale;
+    p.tw_stride = p.kept_stride;
+  }
   go(false, true, p.rows.out ? divide_up(p.map_items, rows * kItems) : 1);
 }
 

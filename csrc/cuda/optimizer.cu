@@ -2,8 +2,9 @@
 //
 // A launch takes up to kTensors parameters, whose pointers travel with it: a block takes kChunk
 // elements of one of them. Adam's step counters are in device memory, so that a captured step can
-// be replayed: a first, tiny launch increments them, and every block of the second works out its
-// tensor's rule from the counter once. So a step is two launches for Adam and one for SGD.
+// be replayed. Every block works out its tensor's rule from the counter once, and says that it has
+// read it by adding one to `arrivals`; the last block to arrive increments all counters, which
+// nobody reads any more, and leaves `arrivals` at zero for the next launch.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
@@ -12,7 +13,7 @@
 namespace FM_CUDA {
 namespace {
 
-constexpr int kTensors = 48, kEach = 4;
+constexpr int kTensors = 56, kEach = 4;
 constexpr index_t kChunk = index_t(kThreads) * kEach;
 
 template <class Tensor>
@@ -32,32 +33,20 @@ struct TensorList {
   }
 };
 
-// Calls body(list) for lists of tensors that cover all, none of them empty.
+// Calls body(list, blocks) for lists of tensors that cover all. Empty ones have no blocks, but a
+// list has one at least.
 template <class Tensor, class Body>
 void for_lists(const Tensor* tensors, index_t count, Body&& body) {
   for (index_t i = 0; i < count;) {
     TensorList<Tensor> list{};
     for (; i < count && list.count < kTensors; ++i) {
-      if (tensors[i].n == 0) continue;
       list.tensors[list.count] = tensors[i];
       const index_t blocks = list.first_block[list.count] + divide_up(tensors[i].n, kChunk);
       require(blocks < (index_t(1) << 31), "optimizer: expected fewer than 2^31 blocks");
       list.first_block[++list.count] = unsigned(blocks);
     }
-    if (list.count > 0) body(list);
+    body(list, max_of(1u, list.first_block[list.count]));
   }
-}
-
-template <class S>
-struct StepParams {
-  float* steps[kTensors];
-  int count;
-};
-
-template <class S>
-FM_KERNEL void count_steps_kernel(const StepParams<S> p) {
-  const int i = int(threadIdx.x);
-  if (i < p.count) *p.steps[i] += 1;
 }
 
 template <class S>
@@ -65,6 +54,14 @@ struct AdamParams {
   TensorList<AdamTensor<S>> list;
   math::AdamOptions options;
   const double* lr;  // null: that of the options
+  unsigned* arrivals;
+};
+static_assert(sizeof(AdamParams<float>) <= 4096, "parameters of a kernel are at most 4 KB");
+
+template <class S>
+struct AdamShared {
+  math::AdamRule<S> rule;
+  bool last;  // to arrive
 };
 
 template <class S, bool Decay>
@@ -86,16 +83,23 @@ FM_DEVICE void adam_element(const math::AdamRule<S>& r, const AdamTensor<S>& t, 
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p) {
-  math::AdamRule<S>* rule = shared_memory<math::AdamRule<S>>();
+  AdamShared<S>* shared = shared_memory<AdamShared<S>>();
   const int index = p.list.of_block(blockIdx.x);
   const AdamTensor<S>& t = p.list.tensors[index];
   if (threadIdx.x == 0) {
+    const float step = *t.step + 1;
+    __threadfence();  // read before it is said to be
+    shared->last = atomicAdd(p.arrivals, 1u) + 1 == gridDim.x;
     math::AdamOptions options = p.options;
     if (p.lr) options.lr = *p.lr;
-    *rule = math::adam_rule<S>(options, double(*t.step));
+    shared->rule = math::adam_rule<S>(options, double(step));
   }
   __syncthreads();
-  const math::AdamRule<S> r = *rule;
+  if (shared->last) {
+    if (int(threadIdx.x) < p.list.count) *p.list.tensors[threadIdx.x].step += 1;
+    if (threadIdx.x == 0) *p.arrivals = 0;
+  }
+  const math::AdamRule<S> r = shared->rule;
   const index_t first = index_t(blockIdx.x - p.list.first_block[index]) * kChunk + threadIdx.x;
   FM_UNROLL
   for (int k = 0; k < kEach; ++k) {
@@ -110,17 +114,12 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p)
 }
 
 template <class S>
-void adam(const math::AdamOptions& options, const double* lr, const AdamTensor<S>* tensors,
-          index_t count, const Exec& exec) {
-  for (index_t i = 0; i < count; i += kTensors) {
-    StepParams<S> p{};
-    p.count = int(min_of<index_t>(kTensors, count - i));
-    for (int k = 0; k < p.count; ++k) p.steps[k] = tensors[i + k].step;
-    launch(count_steps_kernel<S>, 1, 64, 0, exec, p);
-  }
-  for_lists(tensors, count, [&](const TensorList<AdamTensor<S>>& list) {
-    launch(adam_kernel<S>, list.first_block[list.count], kThreads, sizeof(math::AdamRule<S>), exec,
-           AdamParams<S>{list, options, lr});
+void adam(const math::AdamOptions& options, const double* lr, unsigned* arrivals,
+          const AdamTensor<S>* tensors, index_t count, const Exec& exec) {
+  require(arrivals, "adam: expected an address of arrivals, got none");
+  for_lists(tensors, count, [&](const TensorList<AdamTensor<S>>& list, unsigned blocks) {
+    launch(adam_kernel<S>, blocks, kThreads, sizeof(AdamShared<S>), exec,
+           AdamParams<S>{list, options, lr, arrivals});
   });
 }
 
@@ -166,9 +165,8 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) sgd_kernel(const SgdParams<S> p) {
 template <class S>
 void sgd(const math::SgdRule<S>& rule, const double* lr, const SgdTensor<S>* tensors, index_t count,
          const Exec& exec) {
-  for_lists(tensors, count, [&](const TensorList<SgdTensor<S>>& list) {
-    launch(sgd_kernel<S>, list.first_block[list.count], kThreads, 0, exec,
-           SgdParams<S>{list, rule, lr});
+  for_lists(tensors, count, [&](const TensorList<SgdTensor<S>>& list, unsigned blocks) {
+    launch(sgd_kernel<S>, blocks, kThreads, 0, exec, SgdParams<S>{list, rule, lr});
   });
 }
 

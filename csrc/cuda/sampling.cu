@@ -5,7 +5,8 @@
 // Distinct picks hang on the picks before them: a block takes an episode, its first thread picks
 // the classes, then a thread picks the drawings of a class. Shared memory holds the picks in
 // ascending order, in 32 bits. Images stay uint8 and unturned; a gather turns, inverts and scales
-// them.
+// them. The stream is moved on by the gather, which doesn't read it, and behind waves by a launch
+// of one warp.
 #include "cuda/sampling.h"
 
 #include <cmath>
@@ -38,6 +39,15 @@ FM_KERNEL void task_words_kernel(const WordParams p) {
   p.words[item] = word_of(p.key, p.first + item / p.count, p.plane, item % p.count);
 }
 
+struct AdvanceParams {
+  tasks::DeviceStream* stream;
+  std::uint64_t tasks;
+};
+
+FM_KERNEL void advance_kernel(const AdvanceParams p) {
+  if (threadIdx.x == 0) p.stream->next += p.tasks;
+}
+
 // -- waves ----------------------------------------------------------------------------------------
 
 template <class S>
@@ -47,7 +57,7 @@ struct Uniform {
 
 template <class S>
 struct SinusoidParams {
-  std::uint64_t key, first;
+  const tasks::DeviceStream* stream;
   std::uint32_t support, queries, items;  // items: T (S + Q)
   Uniform<S> amplitude, phase, x;
   bool moderate;
@@ -55,10 +65,10 @@ struct SinusoidParams {
 };
 
 template <class S>
-FM_DEVICE S number(const SinusoidParams<S>& p, std::uint64_t task, std::uint32_t i,
+FM_DEVICE S number(std::uint64_t key, std::uint64_t task, std::uint32_t i,
                    const Uniform<S>& range) {
-  const std::uint32_t high = word_of(p.key, task, 0, i);
-  const std::uint32_t low = sizeof(S) == 8 ? word_of(p.key, task, 1, i) : 0;
+  const std::uint32_t high = word_of(key, task, 0, i);
+  const std::uint32_t low = sizeof(S) == 8 ? word_of(key, task, 1, i) : 0;
   return range.low + tasks::uniform(high, low, S()) * range.width;
 }
 
@@ -67,9 +77,9 @@ FM_KERNEL void sinusoid_kernel(const SinusoidParams<S> p) {
   const std::uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;
   const std::uint32_t each = p.support + p.queries, t = item / each, i = item % each;
-  const std::uint64_t task = p.first + t;
-  const S a = number(p, task, 0, p.amplitude), shift = number(p, task, 1, p.phase);
-  const S x = number(p, task, 2 + i, p.x);
+  const std::uint64_t key = p.stream->key, task = p.stream->next + t;
+  const S a = number(key, task, 0, p.amplitude), shift = number(key, task, 1, p.phase);
+  const S x = number(key, task, 2 + i, p.x);
   S y;
   if (p.moderate) {
     y = a * S(math::moderate_sine(double(x - shift)));
@@ -89,10 +99,10 @@ FM_KERNEL void sinusoid_kernel(const SinusoidParams<S> p) {
 // -- episodes -------------------------------------------------------------------------------------
 
 struct EpisodeParams {
-  std::uint64_t key, first;
+  const tasks::DeviceStream* stream;
   std::uint32_t classes, drawings;
   int ways, shots, queries;
-  EpisodePlaces places;
+  tasks::EpisodePlaces places;
 };
 
 // Pick i of distinct numbers below n: number below(word, n - i) of those left, in ascending order.
@@ -115,10 +125,10 @@ FM_KERNEL void episode_kernel(const EpisodeParams p) {
   std::uint32_t* classes = shared_memory<std::uint32_t>();  // [ways] as picked
   std::uint32_t* sorted = classes + p.ways;                 // [ways]
   std::uint32_t* taken = sorted + p.ways + thread * each;   // [threads, each]
-  const std::uint64_t task = p.first + blockIdx.x;
+  const std::uint64_t key = p.stream->key, task = p.stream->next + blockIdx.x;
   if (thread == 0) {
     for (int way = 0; way < p.ways; ++way) {
-      const std::uint32_t word = word_of(p.key, task, 0, std::uint32_t(way));
+      const std::uint32_t word = word_of(key, task, 0, std::uint32_t(way));
       classes[way] = pick_distinct(word, p.classes, way, sorted);
     }
   }
@@ -126,7 +136,7 @@ FM_KERNEL void episode_kernel(const EpisodeParams p) {
   for (int way = thread; way < p.ways; way += int(blockDim.x)) {
     const index_t place = index_t(blockIdx.x) * p.ways + way;
     for (int i = 0; i < each; ++i) {
-      const std::uint32_t word = word_of(p.key, task, 0, std::uint32_t(p.ways + way * each + i));
+      const std::uint32_t word = word_of(key, task, 0, std::uint32_t(p.ways + way * each + i));
       const index_t row =
           index_t(classes[way]) * p.drawings + pick_distinct(word, p.drawings, i, taken);
       const bool query = i >= p.shots;
@@ -142,14 +152,13 @@ FM_KERNEL void episode_kernel(const EpisodeParams p) {
 
 template <class S>
 struct GatherParams {
-  Images images;
-  const std::int64_t* rows;
-  S* out;
+  tasks::Images images;
+  tasks::ImagePlaces<S> places;
   unsigned tiles;  // blocks an image
 };
 
 // Offset of the pixel that a turn brings to (h, w).
-FM_DEVICE index_t turned(const Images& m, int quarter, int h, int w) {
+FM_DEVICE index_t turned(const tasks::Images& m, int quarter, int h, int w) {
   const int bottom = int(m.height) - 1, right = int(m.width) - 1;
   if (quarter == 1) return index_t(w) * m.width + (right - h);
   if (quarter == 2) return index_t(bottom - h) * m.width + (right - w);
@@ -159,11 +168,14 @@ FM_DEVICE index_t turned(const Images& m, int quarter, int h, int w) {
 
 template <class S>
 FM_KERNEL void gather_images_kernel(const GatherParams<S> p) {
-  const Images& m = p.images;
+  const tasks::Images& m = p.images;
+  if (p.places.stream && blockIdx.x == 0 && threadIdx.x == 0) {
+    p.places.stream->next += std::uint64_t(p.places.tasks);
+  }
   const int pixels = int(m.height * m.width), size = pixels * int(m.channels);
   const int e = int(blockIdx.x % p.tiles * blockDim.x + threadIdx.x);
   if (e >= size) return;
-  const index_t i = blockIdx.x / p.tiles, row = p.rows[i];
+  const index_t i = blockIdx.x / p.tiles, row = p.places.rows[i];
   const index_t kind = row / m.drawings;
   const index_t image = kind % m.characters * m.drawings + row % m.drawings;
   const int turn = int(kind / m.characters);  // parameters are not indexed by numbers unknown
@@ -176,7 +188,9 @@ FM_KERNEL void gather_images_kernel(const GatherParams<S> p) {
   const index_t from =
       turned(m, quarter, pixel / int(m.width), pixel % int(m.width)) + index_t(channel) * pixels;
   const std::uint8_t v = m.data[image * size + from];
-  p.out[i * size + e] = S(m.invert ? std::uint8_t(255 - v) : v) / S(255);
+  const index_t query = i - p.places.support;
+  S* out = query < 0 ? p.places.support_x + i * size : p.places.query_x + query * size;
+  out[e] = S(m.invert ? std::uint8_t(255 - v) : v) / S(255);
 }
 
 // As on the CPU: arguments whose sine moderate_sine knows to float's rounding.
@@ -187,24 +201,12 @@ Uniform<S> uniform_of(const tasks::Range& r) {
   return {S(r.low), S(r.high - r.low)};
 }
 
-}  // namespace
-
-void task_words(const tasks::Stream& stream, std::uint32_t plane, index_t count,
-                std::uint32_t* words, const Exec& exec) {
-  const index_t items = stream.tasks * count;
-  if (items == 0) return;
-  const WordParams p{stream.key,           stream.first,         plane,
-                     std::uint32_t(count), std::uint32_t(items), words};
-  launch(task_words_kernel, flat_blocks(items, "random words"), kThreads, 0, exec, p);
-}
-
 template <class S>
-void sample(const tasks::Sinusoids<S>& c, const Exec& exec) {
+void sinusoids(const tasks::Sinusoids<S>& c, tasks::DeviceStream* stream, const Exec& exec) {
   const index_t items = c.stream.tasks * (c.support + c.queries);
   if (items == 0) return;
   const bool moderate = sizeof(S) == 4 && largest(c.x) + largest(c.phase) < math::kSineRange;
-  const SinusoidParams<S> p{c.stream.key,
-                            c.stream.first,
+  const SinusoidParams<S> p{stream,
                             std::uint32_t(c.support),
                             std::uint32_t(c.queries),
                             std::uint32_t(items),
@@ -219,9 +221,11 @@ void sample(const tasks::Sinusoids<S>& c, const Exec& exec) {
                             c.amplitudes,
                             c.phases};
   launch(sinusoid_kernel<S>, flat_blocks(items, "waves"), kThreads, 0, exec, p);
+  launch(advance_kernel, 1, kWarp, 0, exec, {stream, std::uint64_t(c.stream.tasks)});
 }
 
-void sample(const tasks::Episodes& c, const EpisodePlaces& places, const Exec& exec) {
+void episodes(const tasks::Episodes& c, const tasks::DeviceStream* stream,
+              const tasks::EpisodePlaces& places, const Exec& exec) {
   if (c.stream.tasks == 0) return;
   require(0 < c.ways && c.ways <= c.classes, "ways: expected 1 to ", c.classes, ", got ", c.ways);
   require(0 <= c.shots && 0 <= c.queries && c.shots + c.queries <= c.drawings,
@@ -239,18 +243,22 @@ void sample(const tasks::Episodes& c, const EpisodePlaces& places, const Exec& e
          2 * c.ways + 2 * index_t(threads) * each <= kSharedWords) {
     threads *= 2;
   }
-  const EpisodeParams p{
-      c.stream.key, c.stream.first, std::uint32_t(c.classes), std::uint32_t(c.drawings),
-      int(c.ways),  int(c.shots),   int(c.queries),           places};
+  const EpisodeParams p{stream,
+                        std::uint32_t(c.classes),
+                        std::uint32_t(c.drawings),
+                        int(c.ways),
+                        int(c.shots),
+                        int(c.queries),
+                        places};
   launch(episode_kernel, unsigned(c.stream.tasks), threads,
          (2 * c.ways + threads * each) * sizeof(std::uint32_t), exec, p);
 }
 
 template <class S>
-void gather_images(const Images& images, const std::int64_t* rows, index_t n, S* out,
+void gather_images(const tasks::Images& images, const tasks::ImagePlaces<S>& places,
                    const Exec& exec) {
   const index_t size = images.channels * images.height * images.width;
-  const index_t tiles = divide_up(size, kThreads);
+  const index_t tiles = divide_up(size, kThreads), n = places.support + places.query;
   require(n * tiles < (index_t(1) << 31), "images: expected fewer than 2^31 blocks, got ", n,
           " images");
   for (int quarter : images.quarters) {
@@ -259,12 +267,26 @@ void gather_images(const Images& images, const std::int64_t* rows, index_t n, S*
   }
   if (n == 0) return;
   launch(gather_images_kernel<S>, unsigned(n * tiles), kThreads, 0, exec,
-         GatherParams<S>{images, rows, out, unsigned(tiles)});
+         GatherParams<S>{images, places, unsigned(tiles)});
 }
 
-template void sample(const tasks::Sinusoids<float>&, const Exec&);
-template void sample(const tasks::Sinusoids<double>&, const Exec&);
-template void gather_images(const Images&, const std::int64_t*, index_t, float*, const Exec&);
-template void gather_images(const Images&, const std::int64_t*, index_t, double*, const Exec&);
+}  // namespace
+
+void task_words(const tasks::Stream& stream, std::uint32_t plane, index_t count,
+                std::uint32_t* words, const Exec& exec) {
+  const index_t items = stream.tasks * count;
+  if (items == 0) return;
+  const WordParams p{stream.key,           stream.first,         plane,
+                     std::uint32_t(count), std::uint32_t(items), words};
+  launch(task_words_kernel, flat_blocks(items, "random words"), kThreads, 0, exec, p);
+}
+
+template <class S>
+tasks::SamplingOps<S> sampling_ops() {
+  return {sinusoids<S>, episodes, gather_images<S>};
+}
+
+template tasks::SamplingOps<float> sampling_ops();
+template tasks::SamplingOps<double> sampling_ops();
 
 }  // namespace FM_CUDA

@@ -1,18 +1,24 @@
 // Batches of tasks made on the GPU, from the stream of tasks/philox.h: the words, and so the tasks,
 // are those of tasks/sampling.h. All pointers are to device memory.
+//
+// Where a stream stands is device memory as well, which a draw reads and moves on. So a draw can be
+// captured in a graph, and gives the tasks that follow whenever it is replayed. The stream is moved
+// by the last launch of a draw, when nobody reads it any more.
+//
+// Knows nothing of launches, so that the binding can include it whatever it is compiled by.
 #pragma once
 
-#include "cuda/launch.h"
+#include <cstdint>
+
+#include "program/backend.h"
 #include "tasks/sampling.h"
 
-namespace FM_CUDA {
+namespace fm::tasks {
 
-// Words 0 .. count - 1 of tasks first, first + 1, ...: [T, count].
-void task_words(const tasks::Stream& stream, std::uint32_t plane, index_t count,
-                std::uint32_t* words, const Exec& exec);
-
-template <class S>
-void sample(const tasks::Sinusoids<S>& call, const Exec& exec);
+// Takes the place of key and first of a `Stream`.
+struct DeviceStream {
+  std::uint64_t key = 0, next = 0;  // number of the next task
+};
 
 // Rows and labels of episodes: support [T, ways, shots], query [T, ways, queries]. A row is
 // class * drawings + drawing; labels may be null.
@@ -20,7 +26,6 @@ struct EpisodePlaces {
   std::int64_t *support = nullptr, *query = nullptr;
   std::int64_t *support_labels = nullptr, *query_labels = nullptr;
 };
-void sample(const tasks::Episodes& call, const EpisodePlaces& places, const Exec& exec);
 
 // Images [characters, drawings, channels, height, width], kept once however they are turned: class
 // c of the episodes is character c % characters, turned by quarters[c / characters] quarter turns
@@ -33,9 +38,42 @@ struct Images {
   bool channels_last = false;  // of what is written
 };
 
-// out[i] = images[rows[i]] / 255, turned: [n, channels, height, width] or channels last.
+// Where images go: those of the support's rows, then those of the query's.
 template <class S>
-void gather_images(const Images& images, const std::int64_t* rows, index_t n, S* out,
-                   const Exec& exec);
+struct ImagePlaces {
+  const std::int64_t* rows = nullptr;  // [support + query]
+  index_t support = 0, query = 0;
+  S *support_x = nullptr, *query_x = nullptr;
+  DeviceStream* stream = nullptr;  // moved past this many tasks; null: none
+  index_t tasks = 0;
+};
 
-}  // namespace FM_CUDA
+template <class S>
+struct SamplingOps {
+  // Key and first of the call's own stream are not read.
+  void (*sinusoids)(const Sinusoids<S>&, DeviceStream*, const Exec&) = nullptr;
+  // Leaves the stream where it is, to be moved by the images that follow.
+  void (*episodes)(const Episodes&, const DeviceStream*, const EpisodePlaces&,
+                   const Exec&) = nullptr;
+  // out[i] = images[rows[i]] / 255, turned: [n, channels, height, width] or channels last.
+  void (*images)(const Images&, const ImagePlaces<S>&, const Exec&) = nullptr;
+};
+
+}  // namespace fm::tasks
+
+// `task_words` gives words 0 .. count - 1 of tasks first, first + 1, ...: [T, count]
+#define FM_SAMPLING                                                                \
+  template <class S>                                                               \
+  tasks::SamplingOps<S> sampling_ops();                                            \
+  void task_words(const tasks::Stream& stream, std::uint32_t plane, index_t count, \
+                  std::uint32_t* words, const Exec& exec)
+
+namespace fm::cuda {
+FM_SAMPLING;
+}  // namespace fm::cuda
+
+namespace fm::cuda_emulated {
+FM_SAMPLING;
+}  // namespace fm::cuda_emulated
+
+#undef FM_SAMPLING

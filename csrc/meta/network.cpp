@@ -57,7 +57,7 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
   const S* weight_rate = d.has_weight ? update.rate(d.segment) : nullptr;
   const S* bias_rate = d.has_bias ? update.rate(d.segment + d.segments() - 1) : nullptr;
   out.data += d.param_offset;
-  if (d.dense() || (!base.data && update.factor == S(1) && !update.rates)) {
+  if (d.dense() || backend_.updates || (!base.data && update.factor == S(1) && !update.rates)) {
     a.*where = out.data;
     a.dw_stride = out.stride;
     a.dw_base = base.data;

@@ -119,6 +119,7 @@ struct VectorOps {
 
 // Outer optimizers, a list of parameters (host memory) at a call. All pointers in it are to backend
 // memory; `largest` and `buffer` may be null. `lr` is backend memory; null: that of the options.
+// `arrivals` too, a number of Adam's own that is 0 between steps; null where `host_memory`.
 template <class S>
 struct AdamTensor {
   index_t n = 0;
@@ -137,8 +138,8 @@ struct SgdTensor {
 
 template <class S>
 struct OptimizerOps {
-  void (*adam)(const math::AdamOptions&, const double* lr, const AdamTensor<S>*, index_t count,
-               const Exec&);
+  void (*adam)(const math::AdamOptions&, const double* lr, unsigned* arrivals, const AdamTensor<S>*,
+               index_t count, const Exec&);
   // `first` of the rule is not read
   void (*sgd)(const math::SgdRule<S>&, const double* lr, const SgdTensor<S>*, index_t count,
               const Exec&);
@@ -213,6 +214,7 @@ struct Backend {
   bool lockstep;      // takes all tasks at once, in one slot
   bool host_memory;   // its memory is the host's, and operations are done when they return
   bool tensor_cores;  // knows precisions other than float32
+  bool updates;       // all layers take LayerArgs::dw_base and what belongs to it, not dense alone
   // Tasks that are in work at the same time at most, each in a workspace slot of its own; a backend
   // in lockstep has one slot for all.
   index_t (*slots)(index_t tasks);

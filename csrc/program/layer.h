@@ -88,9 +88,10 @@ struct LayerArgs {
   S* tdx = nullptr;                                    // [T, N, in]
   S* tdw = nullptr;                                    // [T, P_l]
   S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
-  // Dense bilinear layers only: dw and tdw are dw_base + scale * rate * the adjoint, with a scale
-  // and a rate for the weight and for the bias. The base may be dw itself; null is zero. Rates are
-  // numbers in backend memory, the same for all tasks; null is one.
+  // Dense bilinear layers, and all layers of a backend that `updates`: dw and tdw are dw_base +
+  // scale * rate * the adjoint, with a scale and a rate for the weight and for the bias. The base
+  // may be dw itself, and so may tw be tdw; a null base is zero. Rates are numbers in backend
+  // memory, the same for all tasks; null is one.
   const S* dw_base = nullptr;  // [T, P_l]
   index_t dw_base_stride = 0;  // elements from task to task (0: shared)
   S weight_scale = 1, bias_scale = 1;

@@ -53,6 +53,7 @@ class Placement:
     Attributes:
         on_host: results are there when a call returns.
         lockstep: all tasks are in work at once.
+        samples: makes tasks in its own memory.
 
     Raises:
         ValueError: if the backend was not built, or doesn't know the precision.
@@ -73,6 +74,7 @@ class Placement:
         self.backend, self.device = backend, device
         self.on_host: bool = facts["host_memory"]
         self.lockstep: bool = facts["lockstep"]
+        self.samples: bool = facts["samples"]
         self._kind: int = facts["kind"]
         self._precision = PRECISIONS.index(precision)
         self._cuda = device.type == "cuda"
@@ -102,6 +104,10 @@ class Placement:
         flags = bytes(map(bool, adapted))
         there = self._copy(("adapted", flags), lambda: flags) if flags else 0
         return (self._kind, self.stream(), self._precision, tables, there)
+
+    def launch(self) -> tuple[int, int]:
+        """Where kernels that need no more than a stream are launched."""
+        return self._kind, self.stream()
 
     def step(self, rate: Tensor | None = None) -> tuple[int, int, int]:
         """Where an optimizer's step runs.

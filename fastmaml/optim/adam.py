@@ -33,6 +33,11 @@ class _Moments(OneCall):
             gradients = [g for _, g in pairs]
             params = [p for p, _ in pairs]
             found.tensors += params + gradients
+            place = self._placement(device)
+            arrivals = 0
+            if not place.on_host:  # see csrc/cuda/optimizer.cu
+                found.kept.append(torch.zeros(1, dtype=torch.int32, device=device))
+                arrivals = _native.own_address(found.kept[-1])
             kind = getattr(_native.core(), f"Adam{dtype}")
             call = kind(
                 [p.numel() for p in params],
@@ -42,8 +47,9 @@ class _Moments(OneCall):
                 _native.addresses(states["exp_avg_sq"]),
                 _native.addresses(states.get("max_exp_avg_sq", [])),
                 _native.addresses(steps),
+                arrivals,
             )
-            found.calls.append((self._placement(device), call))
+            found.calls.append((place, call))
 
     def _step_counter(self, found: Prepared, p: Tensor) -> Tensor:
         entry = self.state[p]

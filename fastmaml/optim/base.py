@@ -31,6 +31,7 @@ class Prepared:
         self.options: Any = None  # what the calls depend on besides tensors
         self.tensors: list[Tensor] = []  # all that the calls read or write
         self.states: list[Tensor] = []  # those of them that are state
+        self.kept: list[Tensor] = []  # the calls' own
         self.watches: list[Any] = []
         self.updated: list[Tensor] = []
         self.state: list[Any] = []  # of all groups, as `_contents` lists it

@@ -8,7 +8,9 @@ rows of a block that lies as the batch will.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastmaml import _native
 from fastmaml.tasks.batch import TaskBatch, batch_of
+from fastmaml.tasks.device import DeviceStream
 from fastmaml.tasks.philox import TaskStream, distinct
 from fastmaml.tasks.sampler import TaskSampler, check_count, native_core
 
@@ -30,8 +33,9 @@ class FewShotImages(TaskSampler):
     samples are ordered class by class: the support is shots images of class 0, then of
     class 1, and so on, S = ways * shots and Q = ways * queries.
 
-    Images are kept on ``device`` as uint8, once per rotation, and become floating
-    numbers in [0, 1] as they are gathered.
+    Images are kept on ``device`` as uint8 and become floating numbers in [0, 1] as they
+    are gathered: on the CPU there is a copy for every rotation, kernels on a GPU turn
+    them.
 
     Args:
         images: [classes, n, C, H, W] uint8.
@@ -80,33 +84,70 @@ class FewShotImages(TaskSampler):
         self.input_shape = tuple(images.shape[2:])
         self.outputs = ways
         self.channels_last = channels_last
-        self._rows = _rows(images, self.rotations, invert, channels_last)
+        self._invert = invert
+        self._episodes: Any = None
         self._labels = torch.arange(ways, device=self.device)
-        self._episodes = None
         if (core := native_core(self.device, dtype)) is not None:
             single = dtype == torch.float32
             self._episodes = core.few_shot_float32 if single else core.few_shot_float64
+        self._draw_by_kernels()
+        if self._place is None:
+            self._rows = _rows(images, self.rotations, invert, channels_last)
+        else:
+            self._rows = images.contiguous()
 
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """Returns the next ``tasks`` tasks of ``stream``."""
-        if self._episodes is None:
+        if self._episodes is None and self._place is None:
             return self._restated(tasks, stream)
         support, query = self.ways * self.shots, self.ways * self.queries
-        pixels = self._rows.shape[1]
-        support_x = torch.empty((tasks, support, pixels), dtype=self.dtype)
-        query_x = torch.empty((tasks, query, pixels), dtype=self.dtype)
-        support_y = torch.empty((tasks, support), dtype=torch.int64)
-        query_y = torch.empty((tasks, query), dtype=torch.int64)
-        places = _native.addresses((self._rows, support_x, support_y, query_x, query_y))
-        sizes = (self.classes, self.drawings, self.ways, self.shots, self.queries)
-        first = stream.take(tasks)
-        self._episodes(stream.key, first, tasks, (*sizes, pixels), *places)
+        pixels = math.prod(self.input_shape)
+        x: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        y: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
+        support_x = torch.empty((tasks, support, pixels), **x)
+        query_x = torch.empty((tasks, query, pixels), **x)
+        support_y = torch.empty((tasks, support), **y)
+        query_y = torch.empty((tasks, query), **y)
+        made = (support_x, support_y, query_x, query_y)
+        if self._place is not None:
+            self._launch(tasks, stream, made)
+        else:
+            assert self._episodes is not None
+            places = _native.addresses((self._rows, *made))
+            sizes = (self.classes, self.drawings, self.ways, self.shots, self.queries)
+            first = stream.take(tasks)
+            self._episodes(stream.key, first, tasks, (*sizes, pixels), *places)
         return batch_of(
             self._images(support_x, tasks),
             support_y,
             self._images(query_x, tasks),
             query_y,
         )
+
+    def _launch(self, tasks: int, stream: TaskStream, made: tuple[Tensor, ...]) -> None:
+        """By kernels, for which nobody waits."""
+        assert self._place is not None
+        single = self.dtype == torch.float32
+        core = _native.core()
+        draw = core.device_few_shot_float32 if single else core.device_few_shot_float64
+        there = DeviceStream.of(stream, self.device)
+        count = tasks * self.ways * (self.shots + self.queries)
+        rows = torch.empty(count, dtype=torch.int64, device=self.device)
+        with self._place.guard():
+            draw(
+                self._place.launch(),
+                there.address(),
+                tasks,
+                (self.ways, self.shots, self.queries),
+                _native.own_address(self._rows),
+                (self.characters, self.drawings, *self.input_shape),
+                [angle // 90 for angle in self.rotations],
+                self._invert,
+                self.channels_last,
+                _native.addresses((*made, rows)),
+            )
+        if there is not stream:
+            stream.take(tasks)
 
     def _restated(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """The same tasks where the extension can't be used."""

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from fastmaml import _native
+from fastmaml.engines.placement import Placement, backend_for, missing
 from fastmaml.tasks.batch import TaskBatch
+from fastmaml.tasks.device import DeviceStream
 from fastmaml.tasks.philox import NAME, TaskStream
 
 # Keeps fixed sets apart from the stream of a sampler that was given the same seed.
@@ -55,6 +57,8 @@ class TaskSampler(abc.ABC):
 
     input_shape: tuple[int, ...]
     outputs: int
+    _place: Placement | None  # of kernels that draw; None: the host draws
+    _stream: TaskStream
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class TaskSampler(abc.ABC):
         self.device = torch.device(device)
         self.dtype = dtype
         self._stream = TaskStream(seed)
+        self._place = None
 
     @abc.abstractmethod
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
@@ -151,7 +156,25 @@ class TaskSampler(abc.ABC):
                 f"state is of the generator {state['generator']!r}, this sampler draws "
                 f"from {NAME!r}"
             )
-        self._stream = TaskStream(state["key"], state["task"])
+        stream = self._stream
+        if isinstance(stream, DeviceStream):
+            stream.move(state["key"], state["task"])  # where captured draws read it
+        else:
+            self._stream = TaskStream(state["key"], state["task"])
+
+    def _draw_by_kernels(self) -> None:
+        """Draws by the kernels of the device's backend, if it has any for tasks.
+
+        The stream is then in the device's memory. A subclass that can draw so calls
+        this when it is built.
+        """
+        backend = backend_for(self.device)
+        if self.dtype not in (torch.float32, torch.float64) or missing(backend):
+            return
+        place = Placement(backend, self.device)
+        if place.samples:
+            self._place = place
+            self._stream = DeviceStream.of(self._stream, self.device)
 
     def _fixed_stream(self, seed: int) -> TaskStream:
         return TaskStream(_check_seed(seed) ^ _FIXED_SALT)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmaml import _native
 from fastmaml.tasks.batch import TaskBatch, batch_of
+from fastmaml.tasks.device import DeviceStream
 from fastmaml.tasks.philox import TaskStream, task_words, uniform
 from fastmaml.tasks.sampler import TaskSampler, check_count, native_core
 
@@ -72,10 +73,11 @@ class Sinusoid(TaskSampler):
             kind = core.SinusoidsFloat32 if single else core.SinusoidsFloat64
             ranges = self.amplitude, self.phase, self.x
             self._waves = kind(support, queries, *ranges)
+        self._draw_by_kernels()
 
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """Returns the next ``tasks`` tasks of ``stream``."""
-        if self._waves is None:
+        if self._waves is None and self._place is None:
             return self._restated(tasks, stream)[0]
         return self._drawn(tasks, stream, 0, 0)
 
@@ -94,9 +96,9 @@ class Sinusoid(TaskSampler):
         return self._draw(check_count("tasks", tasks), self._fixed_stream(seed))
 
     def _draw(self, tasks: int, stream: TaskStream) -> tuple[TaskBatch, Tensor, Tensor]:
-        if self._waves is None:
+        if self._waves is None and self._place is None:
             return self._restated(tasks, stream)
-        waves = torch.empty((2, tasks), dtype=self.dtype)
+        waves = torch.empty((2, tasks), dtype=self.dtype, device=self.device)
         amplitude, phase = waves
         places = _native.addresses((amplitude, phase))
         return self._drawn(tasks, stream, *places), amplitude, phase
@@ -108,8 +110,9 @@ class Sinusoid(TaskSampler):
         like = self._like
         if like is None or like[0] != tasks:
             samples, queries = self._sizes
-            support = torch.empty((tasks, samples, 1), dtype=self.dtype)
-            query = torch.empty((tasks, queries, 1), dtype=self.dtype)
+            kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+            support = torch.empty((tasks, samples, 1), **kind)
+            query = torch.empty((tasks, queries, 1), **kind)
             self._like = like = tasks, support, query
         _, support, query = like
         made = (
@@ -119,9 +122,28 @@ class Sinusoid(TaskSampler):
             _EMPTY_LIKE(query),
         )
         places = _native.addresses(made)
+        if self._place is not None:
+            self._launch(tasks, stream, (*places, amplitudes, phases))
+            return batch_of(*made)
         first = stream.take(tasks)
         self._waves.draw(stream.key, first, tasks, places, amplitudes, phases)
         return batch_of(*made)
+
+    def _launch(self, tasks: int, stream: TaskStream, places: tuple[int, ...]) -> None:
+        """By a kernel, for which nobody waits."""
+        assert self._place is not None
+        single = self.dtype == torch.float32
+        core = _native.core()
+        draw = (
+            core.device_sinusoids_float32 if single else core.device_sinusoids_float64
+        )
+        ranges = self.amplitude, self.phase, self.x
+        there = DeviceStream.of(stream, self.device)
+        with self._place.guard():
+            where = self._place.launch()
+            draw(where, there.address(), tasks, self._sizes, ranges, places)
+        if there is not stream:
+            stream.take(tasks)
 
     def _restated(
         self, tasks: int, stream: TaskStream

@@ -1,8 +1,9 @@
 """The training loop: sample, meta-gradient, outer step; log, validate, save.
 
 Meta-steps of small networks take some hundred microseconds, so the loop adds little:
-it reads the loss and a clock, and leaves all else to iterations where it is due.
-Gradients are written straight into ``.grad``; no autograd graph is made.
+it reads the loss and a clock, and leaves all else to iterations where it is due. On a
+GPU it reads not even the loss (`fastmaml.train.step`). Gradients are written straight
+into ``.grad``; no autograd graph is made.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,6 +43,7 @@ from fastmaml.train.evaluate import (
     sentence,
 )
 from fastmaml.train.logging import MetricsLog, Progress
+from fastmaml.train.step import DeviceStep, HostStep, Parts, make_step
 from fastmaml.train.watch import DivergenceError, LossWatch, StopSignals
 
 __all__ = ["DivergenceError", "FitResult", "fit"]
@@ -63,6 +64,8 @@ class FitResult:
         seconds: spent in the loop, earlier parts of a resumed run included.
         history: rows as in ``metrics.jsonl``.
         run_dir: the run's folder, ``None`` if nothing was written.
+        how: the way the meta-steps ran: on a GPU what was captured in a CUDA graph, or
+            why nothing was.
     """
 
     iteration: int
@@ -74,6 +77,7 @@ class FitResult:
     seconds: float
     history: list[dict[str, Any]] = field(repr=False)
     run_dir: Path | None
+    how: str
 
 
 def fit(
@@ -105,6 +109,11 @@ def fit(
     was not: parameters, inner rates, optimizer, sampler and random generators come
     back from ``last.pt``, and rows of ``metrics.jsonl`` written after it are dropped,
     to be written again.
+
+    On a GPU the native engine's meta-steps are captured in a CUDA graph together with
+    the optimizer, if that is one of `fastmaml.optim`, and with sampling, if `tasks`
+    draw there. The loss is then read where a row of metrics or a checkpoint is due, and
+    not before; what is not captured is said in the progress and in the result.
 
     Args:
         learner: ``backward(tasks, accumulate=False)``, ``evaluate``, ``state_dict`` and
@@ -194,6 +203,7 @@ class _Trainer:
         self.began = self.logged_at = time.perf_counter()
         self.logged_iteration = 0
         self.saved = 0
+        self.how = ""
 
     def fit(
         self,
@@ -225,24 +235,36 @@ class _Trainer:
                 self._restore(found)
 
     def _run(self, iterations: int, meta_batch: int, stop: StopSignals) -> None:
-        sample, backward = self.tasks.sample, self.learner.backward
-        learner, step, add = self.learner, self.optimizer.step, self.watch.add
-        schedule, progress = self.schedule, self.progress
-        parameters, clip = self.parameters, self.clip_gradient
         # the learner overwrites gradients of its own parameters; others get none
-        for parameter in parameters:
+        for parameter in self.parameters:
             parameter.grad = None
+        parts = Parts(
+            self.learner,
+            self.tasks,
+            meta_batch,
+            self.optimizer,
+            self.clip_gradient,
+            self.watch,
+            self.progress.say,
+        )
+        step = make_step(parts)
+        try:
+            self._iterate(step, iterations, stop)
+        finally:
+            self.how = step.how
+            step.close()
+
+    def _iterate(
+        self, step: HostStep | DeviceStep, iterations: int, stop: StopSignals
+    ) -> None:
+        schedule, progress = self.schedule, self.progress
         log, validate = self.every["log_every"], self.every["validate_every"]
         save, now = self.every["checkpoint_every"], time.perf_counter
         self.began = self.logged_at = now()
         self.logged_iteration = self.iteration
         for iteration in range(self.iteration + 1, iterations + 1):
-            loss = backward(sample(meta_batch), accumulate=False)
-            if not add(loss, learner):
+            if not step():
                 raise self._diverged(iteration)
-            if clip is not None:
-                torch.nn.utils.clip_grad_value_(parameters, clip)
-            step()
             if schedule is not None:
                 schedule.step()
             self.iteration = iteration
@@ -259,8 +281,8 @@ class _Trainer:
                 break
 
     def _log(self) -> None:
+        loss, accuracy = self.watch.take()  # waits for a device, so the clock is later
         now = time.perf_counter()
-        loss, accuracy = self.watch.take()
         if not math.isfinite(loss):
             raise self._diverged(self.iteration)
         row: dict[str, Any] = {"kind": "train", "iteration": self.iteration}
@@ -371,4 +393,5 @@ class _Trainer:
             seconds=self._seconds(),
             history=self.log.rows,
             run_dir=self.run_dir,
+            how=self.how,
         )

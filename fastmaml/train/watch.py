@@ -27,7 +27,7 @@ class LossWatch:
     """Sums of the loss and accuracy between rows, and a guard against divergence.
 
     On the CPU every loss is read, which is cheap. On a GPU a read would wait for the
-    device, so sums stay there until a row is due and the guard looks at their mean.
+    device, so sums are left there until a row is due and the guard looks at their mean.
 
     Args:
         factor: the running mean may reach this times the mean of the first losses.
@@ -46,21 +46,38 @@ class LossWatch:
         self.mean = 0.0
         self.latest = math.nan
         self.shown: tuple[float, float | None] = (math.nan, None)
+        self.there: Tensor | None = None
 
     def add(self, loss: Tensor, learner: Any) -> bool:
         """Adds the loss of an iteration; whether training may go on."""
         self.count += 1
-        on_gpu = loss.is_cuda
-        accuracy = _accuracy(learner.last, on_gpu)
+        accuracy = _accuracy(learner.last)
         if accuracy is not None:
             self.classes = True
             self.accuracy += accuracy
-        if on_gpu:
-            self.loss = self.loss + loss.detach().double()
-            return True
         value = loss.item()
         self.loss += value
         return self._guard(value)
+
+    def leave_on(self, device: torch.device) -> None:
+        """Keeps the sums on a device from now on, for :meth:`gather`."""
+        so_far = [float(self.loss), float(self.accuracy)]
+        self.there = torch.tensor(so_far, dtype=torch.float64).to(device)
+        self.loss, self.accuracy = 0.0, 0.0
+
+    @property
+    def sums(self) -> Tensor:
+        """[2] float64 of losses and accuracies on the device; never another tensor."""
+        assert self.there is not None
+        return self.there
+
+    def gather(self, loss: Tensor, learner: Any) -> None:
+        """Adds a loss to the sums on the device; the caller counts the iterations."""
+        self.sums[0].add_(loss.detach())
+        scores = getattr(learner.last, "query_accuracy", None)
+        if scores is not None:
+            self.classes = True
+            self.sums[1].add_(scores[:, -1].mean())
 
     def _guard(self, value: float) -> bool:
         self.latest = value
@@ -76,18 +93,32 @@ class LossWatch:
 
     def take(self) -> tuple[float, float | None]:
         """Means since the last call, and begins anew; the accuracy may be ``None``."""
-        self.shown = self.recent()
-        if isinstance(self.loss, Tensor) and not self._guard(self.shown[0]):
-            self.shown = (math.nan, self.shown[1])
+        if self.count:
+            self.shown = self._means()
+        if self.there is not None:
+            if not self._guard(self.shown[0]):
+                self.shown = (math.nan, self.shown[1])
+            self.there.zero_()
         self.loss, self.accuracy, self.count = 0.0, 0.0, 0
         return self.shown
 
     def recent(self) -> tuple[float, float | None]:
-        """Means since the last :meth:`take`, or what it returned just now."""
-        if not self.count:
-            return self.shown
-        accuracy = float(self.accuracy) / self.count if self.classes else None
-        return float(self.loss) / self.count, accuracy
+        """Means since the last :meth:`take`, or what it returned.
+
+        Of sums on a device the latter, so that nobody waits, unless there is none yet.
+        """
+        waits = self.there is not None and not math.isnan(self.shown[0])
+        return self.shown if waits or not self.count else self._means()
+
+    def _means(self) -> tuple[float, float | None]:
+        loss, accuracy = self._totals()
+        return loss / self.count, accuracy / self.count if self.classes else None
+
+    def _totals(self) -> tuple[float, float]:
+        if self.there is None:
+            return float(self.loss), float(self.accuracy)
+        loss, accuracy = self.there.tolist()
+        return loss, accuracy
 
     def complaint(self) -> str:
         """Why training can't go on."""
@@ -100,9 +131,10 @@ class LossWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and guard as plain numbers."""
+        loss, accuracy = self._totals()
         return {
-            "loss": float(self.loss),
-            "accuracy": float(self.accuracy),
+            "loss": loss,
+            "accuracy": accuracy,
             "count": self.count,
             "classes": self.classes,
             "seen": self.seen,
@@ -116,15 +148,12 @@ class LossWatch:
             setattr(self, name, value)
 
 
-def _accuracy(details: Any, on_gpu: bool) -> Any:
-    """Accuracy after the last step, mean over tasks; a tensor on a GPU."""
-    if not on_gpu and isinstance(details, MetaLossDetails):
+def _accuracy(details: Any) -> float | None:
+    """Accuracy after the last step, mean over tasks."""
+    if isinstance(details, MetaLossDetails):
         return details.mean_accuracy
     scores = getattr(details, "query_accuracy", None)
-    if scores is None:
-        return None
-    mean = scores[:, -1].mean()
-    return mean if on_gpu else mean.item()
+    return None if scores is None else scores[:, -1].mean().item()
 
 
 class StopSignals:

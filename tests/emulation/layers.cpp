@@ -257,7 +257,7 @@ int rate_table(index_t collect, index_t double_precision, index_t rows, index_t 
 // options: lr, beta1, beta2, eps, weight decay, decoupled, maximize
 int adam(index_t double_precision, index_t count, const index_t* n, const void* const* g,
          void* const* p, void* const* m, void* const* v, void* const* largest, float* const* steps,
-         const double* options, const double* lr) {
+         const double* options, const double* lr, unsigned* arrivals) {
   return with_scalar(double_precision, [&](auto scalar) {
     using S = decltype(scalar);
     std::vector<AdamTensor<S>> tensors(count);
@@ -268,7 +268,7 @@ int adam(index_t double_precision, index_t count, const index_t* n, const void* 
     }
     const math::AdamOptions o{options[0], options[1],      options[2],     options[3],
                               options[4], options[5] != 0, options[6] != 0};
-    emulated::optimizer_ops<S>().adam(o, lr, tensors.data(), count, {});
+    emulated::optimizer_ops<S>().adam(o, lr, arrivals, tensors.data(), count, {});
   });
 }
 
@@ -296,15 +296,15 @@ int task_words(std::uint64_t key, std::uint64_t first, index_t tasks, index_t pl
       [&] { emulated::task_words({key, first, tasks}, std::uint32_t(plane), count, words, {}); });
 }
 
-// ranges: low and high of amplitude, phase and x
-int sinusoids(index_t double_precision, std::uint64_t key, std::uint64_t first, index_t tasks,
-              index_t support, index_t queries, const double* ranges, void* support_x,
-              void* support_y, void* query_x, void* query_y, void* amplitudes, void* phases) {
+// ranges: low and high of amplitude, phase and x; stream: key and number of the next task
+int sinusoids(index_t double_precision, tasks::DeviceStream* stream, index_t tasks, index_t support,
+              index_t queries, const double* ranges, void* support_x, void* support_y,
+              void* query_x, void* query_y, void* amplitudes, void* phases) {
   return with_scalar(double_precision, [&](auto scalar) {
     using S = decltype(scalar);
     const auto out = [](void* p) { return static_cast<S*>(p); };
     tasks::Sinusoids<S> c;
-    c.stream = {key, first, tasks};
+    c.stream.tasks = tasks;
     c.support = support;
     c.queries = queries;
     c.amplitude = {ranges[0], ranges[1]};
@@ -316,31 +316,35 @@ int sinusoids(index_t double_precision, std::uint64_t key, std::uint64_t first, 
     c.query_y = out(query_y);
     c.amplitudes = out(amplitudes);
     c.phases = out(phases);
-    emulated::sample(c, {});
+    emulated::sampling_ops<S>().sinusoids(c, stream, {});
   });
 }
 
 // sizes: classes, drawings, ways, shots, queries
-int episodes(std::uint64_t key, std::uint64_t first, index_t tasks, const index_t* sizes,
+int episodes(const tasks::DeviceStream* stream, index_t tasks, const index_t* sizes,
              std::int64_t* support, std::int64_t* query, std::int64_t* support_labels,
              std::int64_t* query_labels) {
   return guarded([&] {
-    const tasks::Episodes c{{key, first, tasks}, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-    emulated::sample(c, {support, query, support_labels, query_labels}, {});
+    const tasks::Episodes c{{0, 0, tasks}, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    const tasks::EpisodePlaces places{support, query, support_labels, query_labels};
+    emulated::sampling_ops<float>().episodes(c, stream, places, {});
   });
 }
 
-// sizes: characters, drawings, channels, height, width
+// sizes: characters, drawings, channels, height, width; the stream is moved by `tasks`
 int gather_images(index_t double_precision, const std::uint8_t* images, const index_t* sizes,
                   const index_t* quarters, index_t invert, index_t channels_last,
-                  const std::int64_t* rows, index_t n, void* out) {
+                  const std::int64_t* rows, index_t support, index_t query, void* support_x,
+                  void* query_x, tasks::DeviceStream* stream, index_t tasks) {
   return with_scalar(double_precision, [&](auto scalar) {
     using S = decltype(scalar);
-    emulated::Images m{images, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    tasks::Images m{images, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
     for (int i = 0; i < 4; ++i) m.quarters[i] = int(quarters[i]);
     m.invert = invert;
     m.channels_last = channels_last;
-    emulated::gather_images(m, rows, n, static_cast<S*>(out), {});
+    const tasks::ImagePlaces<S> places{
+        rows, support, query, static_cast<S*>(support_x), static_cast<S*>(query_x), stream, tasks};
+    emulated::sampling_ops<S>().images(m, places, {});
   });
 }
 
