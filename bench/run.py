@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, contenders, cost, facts, memory, peers, timing
+from bench import ROOT, contenders, cost, facts, memory, peers, roofline, timing
 from bench.contenders import OURS, Contender
 from bench.timing import Plan
 from bench.workloads import WORKLOADS, Workload
@@ -253,6 +253,21 @@ def _save(result: Result, out: Path) -> None:
     partial.replace(out)
 
 
+def _fill_in_memory(
+    workload: Result, ceilings: roofline.Ceilings, threads: int
+) -> None:
+    """States which memory bounds a workload if any does, and everyone's share of it."""
+    fields = {f.name for f in dataclasses.fields(cost.Cost)}
+    spent = cost.Cost(**{k: v for k, v in workload["cost"].items() if k in fields})
+    bound = cost.memory_bound(spent, ceilings, threads)
+    if not bound.binds:
+        return
+    workload["memory_bound"] = {"level": bound.level, "ms": 1e3 * bound.seconds}
+    for row in workload["contenders"].values():
+        share = 1e3 * bound.seconds / row["meta_gradient"]["median"]
+        row["percent_of_memory_bound"] = 100 * share
+
+
 def _fill_in_peak(result: Result) -> None:
     """States every meta-gradient's share of the best peak measured so far."""
     best = max(cost.matrix_peak(), result["peak"].get("matrix_flops", 0.0))
@@ -289,6 +304,10 @@ def run(options: argparse.Namespace, log: Log) -> Result:
         "peak": {"copy_bytes": cost.copy_bandwidth()},
         "workloads": {},
     }
+    ceilings = None
+    if contenders.native_missing() is None:  # its loops measure them
+        ceilings = roofline.measure_ceilings()
+        result["peak"]["core"] = dataclasses.asdict(ceilings)
     if not (options.no_memory or options.quick):
         log("memory")
         result["memory"] = memory.growth_rows()
@@ -297,6 +316,9 @@ def run(options: argparse.Namespace, log: Log) -> Result:
         log(name)
         result["workloads"][name] = run_workload(WORKLOADS[name], options, plan, log)
         _fill_in_peak(result)
+        if ceilings is not None:
+            threads = result["machine"]["threads"]
+            _fill_in_memory(result["workloads"][name], ceilings, threads)
         _save(result, options.out)
     return result
 
