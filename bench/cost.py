@@ -13,6 +13,20 @@ layer:
     meta-gradient            T (K S (gradient + product) + Q gradient)
 
 The gradient of step k is counted once: the product reuses its activations.
+
+Traffic counts passes over arrays of the parameters' size, each read or written once in
+a pass. With P bytes of parameters, R those behind the first product:
+
+    inner step        3P         forward reads theta; backward too, and writes the next
+    query gradient    2P + R     forward reads theta; backward reads R of it for the
+                                 adjoints of inputs and writes lambda
+    chain step        3P + 2R    both tangent passes read lambda and R of theta; the
+                                 second writes lambda
+    mean              P          reads lambda
+    meta-gradient     T (K (6P + 2R) + 3P + R)
+
+Between two passes over an array a thread sees its K + 1 thetas and lambda. Where these
+are more than a cache keeps, the next level has to deliver them.
 """
 
 from __future__ import annotations
@@ -25,6 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bench.roofline import Ceilings
 from bench.timing import finishing, time_call
 from bench.workloads import Workload
 
@@ -53,12 +68,16 @@ class Cost:
         data_bytes: support and query samples with their targets.
         parameter_bytes: one copy of the parameters.
         copies_bytes: a copy for each of T tasks and K inner steps.
+        traffic_bytes: read and written by all passes over parameters.
+        resident_bytes: of one task in work, which passes go over again and again.
     """
 
     flops: int
     data_bytes: int
     parameter_bytes: int
     copies_bytes: int
+    traffic_bytes: int = 0
+    resident_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -105,6 +124,59 @@ def meta_gradient_macs(
     return tasks * (steps * support * (gradient + product) + query * gradient)
 
 
+def traffic(parameters: int, first: int, *, tasks: int, steps: int) -> int:
+    """Bytes that a meta-gradient's passes move (formula at the file's top).
+
+    Args:
+        parameters: P, bytes.
+        first: those of the first product's weights.
+        tasks: T.
+        steps: K.
+    """
+    rest = parameters - first
+    return tasks * (steps * (6 * parameters + 2 * rest) + 3 * parameters + rest)
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """The least time that memory allows.
+
+    Attributes:
+        level: L2, L3 or memory, which has to deliver the parameters.
+        seconds: of one meta-gradient.
+        binds: whether arithmetic alone would take less.
+    """
+
+    level: str
+    seconds: float
+    binds: bool
+
+
+def memory_bound(spent: Cost, ceilings: Ceilings, threads: int) -> MemoryBound:
+    """Relates traffic and arithmetic to what all threads reach together.
+
+    Args:
+        spent: of one meta-gradient.
+        ceilings: of one core.
+        threads: at work, each on a core of its own.
+    """
+    level = "memory"
+    for name, capacity in ceilings.capacity.items():
+        sharers = 1 if name == "L2" else threads
+        if name != "L1" and spent.resident_bytes * sharers <= capacity:
+            level = name
+            break
+    seconds = spent.traffic_bytes / (threads * ceilings.bandwidth[level])
+    arithmetic = spent.flops / (threads * ceilings.operations)
+    return MemoryBound(level, seconds, seconds > arithmetic)
+
+
+def _first_weights(model: nn.Module) -> int:
+    """Elements of the first product's weights."""
+    products = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return next(products).weight.numel()
+
+
 def cost(workload: Workload) -> Cost:
     """Counts what one meta-gradient of a workload takes at least."""
     model = workload.model()
@@ -124,6 +196,13 @@ def cost(workload: Workload) -> Cost:
         data_bytes=workload.tasks * data,
         parameter_bytes=parameters,
         copies_bytes=workload.tasks * workload.steps * parameters,
+        traffic_bytes=traffic(
+            parameters,
+            FLOAT_BYTES * _first_weights(model),
+            tasks=workload.tasks,
+            steps=workload.steps,
+        ),
+        resident_bytes=(workload.steps + 2) * parameters,
     )
 
 

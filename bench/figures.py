@@ -195,6 +195,13 @@ def _points(values: Sequence[int], measured: Mapping[str, Any]) -> Points:
     ]
 
 
+def _name_absent(axes: Axes, names: Sequence[str]) -> None:
+    """Says who has no point on these axes; the result has the reasons."""
+    if names:
+        text = f"left out: {', '.join(names)}"
+        axes.set_title(text, fontsize=7, color="0.4", loc="left")
+
+
 def _growth(series: Mapping[str, Any], path: Path, result: Mapping[str, Any]) -> None:
     axes_names = list(series["axes"])
     columns = min(3, len(axes_names))
@@ -215,6 +222,7 @@ def _growth(series: Mapping[str, Any], path: Path, result: Mapping[str, Any]) ->
             if points := _points(entry["values"], measured):
                 _line(axes, contender, points)
                 last[contender] = (points[-1][0], points[-1][2])
+        _name_absent(axes, [n for n in entry["contenders"] if n not in last])
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(entry["values"]))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import ROOT, contenders, cost, facts, memory, peers, timing
+from bench import ROOT, contenders, cost, facts, memory, peers, roofline, shares, timing
 from bench.contenders import OURS, Contender
 from bench.timing import Plan
 from bench.workloads import WORKLOADS, Workload
@@ -283,23 +283,6 @@ def _save(result: Result, out: Path) -> None:
     partial.replace(out)
 
 
-def _size(device: str) -> dict[str, Any]:
-    """Of the matrices whose product is the ceiling: it must fill the device."""
-    return {"device": device, "size": 2048 if device == "cpu" else 8192}
-
-
-def _fill_in_peak(result: Result) -> None:
-    """States every meta-gradient's share of the best peak measured so far."""
-    now = cost.matrix_peak(**_size(result["device"]))
-    best = max(now, result["peak"].get("matrix_flops", 0.0))
-    result["peak"]["matrix_flops"] = best
-    for workload in result["workloads"].values():
-        for row in workload["contenders"].values():
-            seconds = row["meta_gradient"]["median"] / 1e3
-            flops = workload["cost"]["flops"]
-            row["percent_of_peak"] = cost.percent_of_peak(flops, seconds, best)
-
-
 def run(options: argparse.Namespace, log: Log) -> Result:
     """Runs what the options ask for, writing ``options.out`` as it goes.
 
@@ -325,6 +308,10 @@ def run(options: argparse.Namespace, log: Log) -> Result:
         "peak": {"copy_bytes": cost.copy_bandwidth(device=options.device)},
         "workloads": {},
     }
+    ceilings = None
+    if options.device == "cpu" and contenders.native_missing() is None:
+        ceilings = roofline.measure_ceilings()  # by the engine's own loops
+        result["peak"]["core"] = dataclasses.asdict(ceilings)
     if not (options.no_memory or options.quick or options.device != "cpu"):
         log("memory")
         result["memory"] = memory.growth_rows()
@@ -335,7 +322,10 @@ def run(options: argparse.Namespace, log: Log) -> Result:
         if options.tiny:
             workload = workload.resized(**TINY)
         result["workloads"][name] = run_workload(workload, options, plan, log)
-        _fill_in_peak(result)
+        shares.of_peak(result)
+        if ceilings is not None:
+            threads = result["machine"]["threads"]
+            shares.of_memory_bound(result["workloads"][name], ceilings, threads)
         _save(result, options.out)
     return result
 

@@ -25,6 +25,20 @@ TARGETS: dict[str, float] = {
 }
 
 
+PEAK, BANDWIDTH = "peak", "memory bound"
+
+# percent of what bounds fastmaml's meta-gradient there
+SHARES: dict[str, tuple[float, str]] = {
+    "sinusoid-1": (60.0, PEAK),
+    "sinusoid-5": (60.0, PEAK),
+    "omniglot-conv-1": (75.0, PEAK),
+    "omniglot-conv-5": (75.0, PEAK),
+    "omniglot-fc": (70.0, BANDWIDTH),
+    "mini-imagenet": (75.0, PEAK),
+    "policy": (80.0, PEAK),
+}
+
+
 @dataclass(frozen=True)
 class Standing:
     """Where fastmaml stands on one workload.
@@ -39,6 +53,9 @@ class Standing:
         training_ms: sampling, meta-gradient and Adam, ``None`` if not measured.
         overhead_us: what of that is beyond the meta-gradient, microseconds.
         overhead_percent: the same in percent of the meta-gradient.
+        percent_of_memory: share of the time that memory allows, ``None`` where
+            arithmetic takes longer than that, or without a measurement.
+        memory: which cache, or ``memory``, delivers the parameters there.
     """
 
     workload: str
@@ -50,6 +67,8 @@ class Standing:
     training_ms: float | None = None
     overhead_us: float | None = None
     overhead_percent: float | None = None
+    percent_of_memory: float | None = None
+    memory: str | None = None
 
     @property
     def target(self) -> float | None:
@@ -63,13 +82,23 @@ class Standing:
             return None
         return self.ratio >= self.target
 
+    @property
+    def reached(self) -> bool | None:
+        """Whether the share aimed at is reached, ``None`` where that can't be said."""
+        if self.workload not in SHARES:
+            return None
+        aim, of = SHARES[self.workload]
+        share = self.percent_of_peak if of == PEAK else self.percent_of_memory
+        return None if share is None or share != share else share >= aim
+
 
 def is_ours(name: str) -> bool:
     """Whether a contender is fastmaml, on whichever engine."""
     return name.startswith(OURS)
 
 
-def _of_workload(name: str, field: Mapping[str, Any]) -> Standing | None:
+def _of_workload(name: str, workload: Mapping[str, Any]) -> Standing | None:
+    field = workload["contenders"]
     mine = field.get(OURS)
     if mine is None:
         return None
@@ -90,14 +119,15 @@ def _of_workload(name: str, field: Mapping[str, Any]) -> Standing | None:
         training_ms=mine.get("training_step", {}).get("median"),
         overhead_us=overhead.get("microseconds", {}).get("median"),
         overhead_percent=overhead.get("percent", {}).get("median"),
+        percent_of_memory=mine.get("percent_of_memory_bound"),
+        memory=workload.get("memory_bound", {}).get("level"),
     )
 
 
 def of_result(result: Mapping[str, Any]) -> list[Standing]:
     """Standings in a result of ``bench.run``; workloads without us are left out."""
     found = (
-        _of_workload(name, workload["contenders"])
-        for name, workload in result["workloads"].items()
+        _of_workload(name, workload) for name, workload in result["workloads"].items()
     )
     return [standing for standing in found if standing is not None]
 
@@ -147,6 +177,9 @@ HEAD = (
     "target",
     "met",
     "% of peak",
+    "% of memory bound",
+    "share aimed at",
+    "reached",
     "training step, ms",
     "beyond the meta-gradient",
 )
@@ -163,7 +196,13 @@ def digits(value: float | None, significant: int = 3) -> str:
 
 def cells(standing: Standing) -> list[str]:
     """One row of the table, in the order of ``HEAD``."""
-    met = {True: "yes", False: "no", None: NONE}[standing.met]
+    said = {True: "yes", False: "no", None: NONE}
+    memory, aim = NONE, NONE
+    if standing.percent_of_memory is not None:
+        memory = f"{digits(standing.percent_of_memory, 2)} ({standing.memory})"
+    if standing.workload in SHARES:
+        percent, of = SHARES[standing.workload]
+        aim = f"{percent:g}% of {of}"
     beyond = NONE
     if standing.overhead_us is not None:
         beyond = f"{standing.overhead_us:,.0f} µs, {standing.overhead_percent:.0f}%"
@@ -174,8 +213,11 @@ def cells(standing: Standing) -> list[str]:
         digits(standing.peer_ms),
         NONE if standing.ratio is None else f"{digits(standing.ratio)}×",
         NONE if standing.target is None else f"{standing.target:g}×",
-        met,
+        said[standing.met],
         digits(standing.percent_of_peak, 2),
+        memory,
+        aim,
+        said[standing.reached],
         digits(standing.training_ms),
         beyond,
     ]

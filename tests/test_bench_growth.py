@@ -139,6 +139,9 @@ def test_targets_are_met_from_their_ratio_on(ratio, met):
         "6×",
         met,
         "42",
+        targets.NONE,
+        "60% of peak",
+        "no",
         "0.600",
         "100 µs, 20%",
     ]
@@ -173,7 +176,7 @@ def test_pytest_bench_ends_with_the_targets():
     head = next(i for i, x in enumerate(lines) if x.startswith("workload  "))
     row = re.split(r"  +", lines[head + 1])
     assert row[0] == "sinusoid-1" and row[2] in ("vmap, HVP chain", "JAX, HVP chain")
-    assert row[5] == "6×" and "µs" in row[9]
+    assert row[5] == "6×" and "µs" in row[-1]
 
 
 # -- growth -------------------------------------------------------------------------
@@ -336,3 +339,20 @@ def test_experiments_state_question_prediction_outcome_and_decision():
         parts = re.findall(r"^(\w+):$", words, re.MULTILINE)
         assert parts == ["Question", "Prediction", "Outcome", "Decision"], path.name
         assert f"]({path.name})" in index
+
+
+def test_figures_name_who_has_no_point(tmp_path, monkeypatch):
+    from bench import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, *_: drawn.append(figure))
+    there = {"1": {"lower": 1.0, "median": 1.0, "upper": 1.0}}
+    field = {"fastmaml": there, "JAX jit vmap": {"1": {"skipped": "one pool"}}}
+    axes = {
+        "threads": {"values": [1], "contenders": field},
+        "tasks": {"values": [1], "contenders": {"fastmaml": there}},
+    }
+    series = {"title": "a network", "base": {"tasks": 1}, "axes": axes}
+    figures._growth(series, tmp_path / "x.png", {})
+    left = [panel.get_title(loc="left") for panel in drawn[0].axes]
+    assert left == ["left out: JAX jit vmap", ""]

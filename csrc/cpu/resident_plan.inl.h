@@ -151,9 +151,10 @@ struct Residence {
     params = set.size();
     tape = pass.size();
     Arena all;
-    lambda = all.take(params);
     direction = all.take(call.one_rate || call.first_order ? 0 : params);
-    thetas = all.take(call.steps * params);
+    thetas = all.take(max_of<index_t>(call.steps, 1) * params);
+    // over the last theta, stage by stage as the query's backward is done with it
+    lambda = thetas + max_of<index_t>(call.steps - 1, 0) * params;
     tapes = all.take((call.first_order ? 1 : call.steps) * tape);
     late = all.take(max_of(tape, tangent.size()));  // never alive together
     slot = all.size();

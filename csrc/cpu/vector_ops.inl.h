@@ -96,25 +96,45 @@ inline void add(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Ex
   });
 }
 
-// Columns [begin, end) of the mean over rows: a block of columns at a time, rows in ascending
-// order.
-inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
-                      const Exec&) {
+// Columns [begin, end) of a sum over rows: a block of columns at a time, rows in ascending order.
+// It starts at `carried` (null: zero) and goes to finish(column, sum).
+template <class Finish>
+FM_INLINE void sum_columns(index_t rows, index_t n, index_t begin, index_t end, const S* values,
+                           const double* carried, Finish&& finish) {
   constexpr index_t kBlock = 32;  // sums that stay in registers
   index_t c = begin;
   for (; c + kBlock <= end; c += kBlock) {
     double sum[kBlock] = {};
+    if (carried) std::memcpy(sum, carried + c, sizeof(sum));
     for (index_t t = 0; t < rows; ++t) {
       const S* row = values + t * n + c;
 #pragma GCC unroll 32
       for (index_t i = 0; i < kBlock; ++i) sum[i] += double(row[i]);
     }
-    for (index_t i = 0; i < kBlock; ++i) out[c + i] = S(sum[i] / double(rows));
+    for (index_t i = 0; i < kBlock; ++i) finish(c + i, sum[i]);
   }
   for (; c < end; ++c) {
-    double sum = 0;
+    double sum = carried ? carried[c] : 0;
     for (index_t t = 0; t < rows; ++t) sum += double(values[t * n + c]);
-    out[c] = S(sum / double(rows));
+    finish(c, sum);
+  }
+}
+
+inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
+                      const Exec&) {
+  sum_columns(rows, n, begin, end, values, nullptr,
+              [=](index_t c, double sum) { out[c] = S(sum / double(rows)); });
+}
+
+inline void add_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values,
+                     bool begins, double* sums, index_t total, S* out, const Exec&) {
+  const double* carried = begins ? nullptr : sums;
+  if (out) {
+    sum_columns(rows, n, begin, end, values, carried,
+                [=](index_t c, double sum) { out[c] = S(sum / double(total)); });
+  } else {
+    sum_columns(rows, n, begin, end, values, carried,
+                [=](index_t c, double sum) { sums[c] = sum; });
   }
 }
 

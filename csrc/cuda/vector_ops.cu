@@ -328,10 +328,10 @@ void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src,
 
 template <class S>
 VectorOps<S> vector_ops() {
-  return {descend<S>,      scale_by_rates<S>, segment_dots<S>, negative_product<S>,
-          update<S>,       fill<S>,           copy<S>,         add<S>,
-          mean_rows<S>,    move<S, false>,    move<S, true>,   to_channels_last<S>,
-          spread_rates<S>, collect_rates<S>};
+  return {descend<S>,          scale_by_rates<S>, segment_dots<S>, negative_product<S>,
+          update<S>,           fill<S>,           copy<S>,         add<S>,
+          mean_rows<S>,        nullptr,           move<S, false>,  move<S, true>,
+          to_channels_last<S>, spread_rates<S>,   collect_rates<S>};
 }
 
 template VectorOps<float> vector_ops();

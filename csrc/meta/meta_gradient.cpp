@@ -42,16 +42,14 @@ class MetaGradient {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
     }
     if (plan_.resident.taken) return run_resident();
-    backend_.for_each_task(
-        call_.tasks, plan_.slots, call_.exec,
-        [](void* self, index_t slot, index_t first, index_t count, const Exec& exec) {
-          static_cast<const MetaGradient*>(self)->work(slot, first, count, exec);
-        },
-        this);
-    mean(plan_.lambdas, program_.param_count());
+    for (index_t first = 0; first < call_.tasks; first += plan_.wave) wave(first);
     store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec);
     if (call_.rate_gradient) {
-      mean(plan_.rate_rows, RateTable<S>::size(program_, call_.rates));
+      const index_t R = RateTable<S>::size(program_, call_.rates);
+      for_columns(R, [&](index_t begin, index_t end) {
+        backend_.vector.mean_rows(call_.tasks, R, begin, end, shared_ + plan_.rate_rows,
+                                  shared_ + plan_.mean, call_.exec);
+      });
       rates_.store(shared_ + plan_.mean, call_.rate_gradient);
     }
   }
@@ -74,6 +72,34 @@ class MetaGradient {
                                  call_.query_loss,
                                  call_.query_accuracy};
     backend_.resident.all(resident_, batch, call_.exec);
+  }
+
+  // Tasks from `first` on, and their lambdas into the mean.
+  void wave(index_t first) {
+    struct Wave {
+      const MetaGradient* self;
+      index_t first;
+    } state{this, first};
+    const index_t count = min_of(plan_.wave, call_.tasks - first), P = program_.param_count();
+    backend_.for_each_task(
+        count, plan_.slots, call_.exec,
+        [](void* state, index_t slot, index_t first, index_t count, const Exec& exec) {
+          const Wave& wave = *static_cast<const Wave*>(state);
+          wave.self->work(slot, wave.first + first, count, exec);
+        },
+        &state);
+    const S* rows = shared_ + plan_.lambdas;
+    S* mean = shared_ + plan_.mean;
+    for_columns(P, [&](index_t begin, index_t end) {
+      if (plan_.wave == call_.tasks) {
+        backend_.vector.mean_rows(count, P, begin, end, rows, mean, call_.exec);
+      } else {
+        const bool last = first + count == call_.tasks;
+        backend_.vector.add_rows(count, P, begin, end, rows, first == 0,
+                                 reinterpret_cast<double*>(shared_ + plan_.sums), call_.tasks,
+                                 last ? mean : nullptr, call_.exec);
+      }
+    });
   }
 
   void run_resident() {
@@ -145,7 +171,7 @@ class MetaGradient {
       load_parameters(call_, call_.params, first, count, {own, P}, w.exec);
       w.theta0 = {own, P};
     }
-    w.lambda = {shared_ + plan_.lambdas + first * P, P};
+    w.lambda = {shared_ + plan_.lambdas + first % plan_.wave * P, P};
     w.rate_rows = {shared_ + plan_.rate_rows + first * R, R};
     w.support = load_samples(call_, call_.support, first, count, w.at(plan_.support_x), w.exec);
     w.query = load_samples(call_, call_.query, first, count, w.at(plan_.query_x), w.exec);
@@ -232,22 +258,16 @@ class MetaGradient {
                             w.lambda, {lambda, S(-1), nullptr}, w.exec);
   }
 
-  // mean over tasks of rows [T, n] at `rows`
-  void mean(index_t rows, index_t n) const {
-    struct Mean {
-      const MetaGradient* self;
-      index_t rows, n;
-    } state{this, rows, n};
+  // Calls body(begin, end) for ranges of n columns of rows of all tasks.
+  template <class Body>
+  void for_columns(index_t n, Body&& body) const {
     const index_t grain = align_up(kMeanGrain / call_.tasks + 1, kAlignment);
     backend_.for_each_range(
         n, grain,
-        [](void* s, index_t begin, index_t end) {
-          const Mean& m = *static_cast<const Mean*>(s);
-          m.self->backend_.vector.mean_rows(
-              m.self->call_.tasks, m.n, begin, end, m.self->shared_ + m.rows,
-              m.self->shared_ + m.self->plan_.mean, m.self->call_.exec);
+        [](void* body, index_t begin, index_t end) {
+          (*static_cast<std::remove_reference_t<Body>*>(body))(begin, end);
         },
-        &state);
+        &body);
   }
 
   const MetaCall<S>& call_;

@@ -1,9 +1,11 @@
 // The plan of a meta-gradient: which way it goes, and where everything is.
 //
-// Three choices are made here, from sizes and settings alone. Small networks may be left to a
+// Four choices are made here, from sizes and settings alone. Small networks may be left to a
 // backend that does a whole task in one call. Activations of all inner steps are kept where they
 // fit, else those of the last step alone. A chain step goes in place where all layers that move
-// share one rate, else it takes a direction beside lambda.
+// share one rate, else it takes a direction beside lambda. Tasks come in waves whose lambdas stay
+// in the last cache until they are added up: those of all tasks would have to come back from
+// memory.
 #pragma once
 
 #include "meta/layout.h"
@@ -21,6 +23,8 @@ struct MetaPlan {
   index_t own_theta0 = 0, gradient = 0, direction = 0, rate_row = 0, support_x = 0, query_x = 0,
           late = 0, scratch = 0, slot = 0;
   index_t slots = 0;
+  index_t wave = 0;  // tasks at a time, which have a row of lambda each
+  index_t sums = 0;  // of lambda over the waves before, double
   bool kept = false;
   ResidentSizes resident;
   index_t resident_theta = 0;
@@ -45,6 +49,21 @@ bool moves_in_place(const MetaCall<S>& call) {
          chunk_of(*call.program, *call.backend, call.support.count) == call.support.count;
 }
 
+// Bytes of lambda that the last cache keeps beside parameters and activations of the threads.
+constexpr index_t kWaveBytes = index_t(4) << 20;
+
+// The sum over tasks is in their order, however they are split. All slots are busy in all waves but
+// the last.
+template <class S>
+index_t tasks_at_a_time(const MetaCall<S>& call, const MetaPlan& plan) {
+  const index_t row = call.program->param_count() * index_t(sizeof(S));
+  if (!call.backend->vector.add_rows || call.backend->lockstep || plan.resident.slot > 0 ||
+      call.tasks * row <= kWaveBytes) {
+    return call.tasks;
+  }
+  return min_of(call.tasks, align_up(max_of<index_t>(kWaveBytes / row, 1), plan.slots));
+}
+
 template <class S>
 void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   const Program& program = *call.program;
@@ -52,7 +71,9 @@ void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   Arena shared;
   plan.theta0 = shared.take(call.params.per_task ? 0 : P);
   plan.rates = shared.take(R);
-  plan.lambdas = shared.take(call.tasks * P);
+  plan.wave = tasks_at_a_time(call, plan);
+  plan.lambdas = shared.take(plan.wave * P);
+  plan.sums = shared.take(plan.wave < call.tasks ? P * index_t(sizeof(double) / sizeof(S)) : 0);
   plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
   plan.mean = shared.take(max_of(P, R));
   plan.resident_theta = shared.take(plan.resident.shared);

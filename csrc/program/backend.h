@@ -99,6 +99,10 @@ struct VectorOps {
   // out[j] = mean over t of values[t, j], t in ascending order, for begin <= j < end
   void (*mean_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                     const Exec&);
+  // As mean_rows, of rows that come a few at a time: sums[j], which starts at zero if `begins`,
+  // plus those rows; then out = sums / total unless `out` is null. Backends in lockstep have none.
+  void (*add_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values,
+                   bool begins, double* sums, index_t total, S* out, const Exec&);
   // dst[e] = src[index[e]] and dst[index[e]] = src[e] of `count` <= kMovesAtOnce tensors (`moves`
   // is host memory)
   void (*gather)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);

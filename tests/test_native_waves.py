@@ -1,0 +1,61 @@
+"""Tasks of large networks come in waves, so that no sum waits for rows in memory.
+
+The backend `cpu_lockstep`, which takes all tasks at once, says what the bits must be.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_cases import DTYPES, assert_same_bits, case, everything, native, threads
+from problems import Problem
+from torch import nn
+
+LARGE = Problem(
+    "large",
+    lambda: nn.Sequential(nn.Linear(501, 303), nn.Tanh(), nn.Linear(303, 5)),
+    (501,),
+    5,
+    loss="cross_entropy",
+)
+# more than a few waves, with one, two or three tasks in the last
+TASKS = (22, 23, 24)
+
+both_dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")
+)
+
+
+def gradients(engine, c, dtype):
+    """Everything but the mean of the losses, which lockstep leaves to torch."""
+    results = everything(engine, c, dtype, steps=1)
+    del results["mean.loss"]
+    return results
+
+
+@both_dtypes
+@pytest.mark.parametrize("tasks", TASKS)
+def test_waves_of_any_number_of_threads_change_no_bit(tasks, dtype):
+    c = case(LARGE, tasks=tasks)
+    together = native(c, backend="cpu_lockstep", memory="keep")
+    want = gradients(together, c, dtype)
+    engine = native(c, backend="cpu", memory="keep")
+    for count in (1, 2, 3, 5):
+        with threads(count):
+            assert_same_bits(gradients(engine, c, dtype), want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_more_tasks_take_no_more_memory(count):
+    """A row of lambda for every task would be 0.6 MB each."""
+    shared = {}
+    with threads(count):
+        for tasks in (24, 48):
+            c = case(LARGE, tasks=tasks)
+            engine = native(c, backend="cpu")
+            params = {n: p.float() for n, p in c.params.items()}
+            of = c.tasks.to(dtype=torch.float32)
+            engine.meta_gradient(params, c.rates, of, steps=1)
+            assert not engine.plan.resident
+            shared[tasks] = engine.plan.shared
+    assert shared[48] == shared[24]
