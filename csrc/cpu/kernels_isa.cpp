@@ -115,7 +115,7 @@ constexpr Backend<S> table() {
        ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
       {loss_ops<LossKind::squared_error, squared_error_value, squared_error_hessian>(),
        loss_ops<LossKind::cross_entropy, cross_entropy_value, cross_entropy_hessian>(),
-       policy_ops<LossKind::gaussian_policy, math::PolicyGradient<math::Gaussian>>(),
+       loss_ops<LossKind::gaussian_policy, gaussian_policy_value, gaussian_policy_hessian>(),
        policy_ops<LossKind::gaussian_ratio, math::LikelihoodRatio<math::Gaussian>>(),
        policy_ops<LossKind::gaussian_kl, math::KlDivergence<math::Gaussian>>(),
        policy_ops<LossKind::categorical_policy, math::PolicyGradient<math::Categorical>>(),
