@@ -62,6 +62,7 @@ Backend<S> table() {
       true,
       kHostMemory,
       true,
+      false,
       task_slots,
       for_each_task<S>,
       for_each_range};
