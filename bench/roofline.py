@@ -144,6 +144,8 @@ def _product_need(layer: Mapping[str, Any], name: str, samples: int) -> Need:
         "tangent_forward": (1 + inner, x + w + y + inner * (x + w)),
         "tangent_backward": (1 + 3 * inner, x + y + w + inner * (2 * x + y + 2 * w)),
     }[name]
+    if layer.get("strips") and name.startswith("tangent"):
+        elements += y  # the sums of a norm's tangents take both y and ty
     operations = 2 * layer["multiply_adds"] * samples * products
     return Need(operations, FLOAT_BYTES * elements)
 
@@ -159,6 +161,8 @@ def pass_need(layer: Mapping[str, Any], name: str, samples: int) -> Need:
     if layer["kind"] == "bilinear":
         return _product_need(layer, name, samples)
     inputs, outputs, operations = _FAMILIES.get(layer["kind"], _SMOOTH)[name]
-    elements = inputs * layer["inputs"] + outputs * layer["outputs"]
+    # the convolution below has swept a norm's unpooled pixels: the pooled ones are left
+    size = layer["outputs"] if layer.get("swept_below") else layer["inputs"]
+    elements = inputs * size + outputs * layer["outputs"]
     count = samples * elements + layer["parameters"]
-    return Need(operations * samples * layer["inputs"], FLOAT_BYTES * count)
+    return Need(operations * samples * size, FLOAT_BYTES * count)

@@ -27,8 +27,10 @@ def pooled_norm(
     scale: bool = True,
     shift: bool = True,
     lead: bool = True,
+    conv: tuple = (2, 1),
+    bias: bool = True,
 ) -> Builder:
-    """A 1x1 convolution, the layers in question, and a linear layer.
+    """A convolution, the layers in question, and a linear layer.
 
     Args:
         channels: of the batch norm.
@@ -38,6 +40,9 @@ def pooled_norm(
         scale: whether the batch norm has one.
         shift: whether the batch norm has one.
         lead: whether the convolution is there; else the batch norm comes first.
+        conv: its input channels, kernel, stride and padding; the last three as in
+            PyTorch and the last two optional.
+        bias: whether the convolution has one.
     """
 
     def build() -> nn.Module:
@@ -49,20 +54,28 @@ def pooled_norm(
         made = {"norm": norm, "relu": nn.ReLU(), "pool": nn.MaxPool2d(*window)}
         body = nn.Sequential(*(made[key] for key in _ORDERS[order]))
         height, width = size
+        kernel, stride, padding = (*conv[1:], 1, 0)[:3]
+        if lead:
+            height, width = _after((height, width), kernel, stride, padding)
         for key in _ORDERS[order]:
             if key == "pool":
-                height, width = (
-                    (n + 2 * p - k) // s + 1
-                    for n, k, s, p in zip(
-                        (height, width), *map(_pair, _filled(window)), strict=True
-                    )
-                )
-        first = [nn.Conv2d(2, channels, 1)] if lead else []
+                height, width = _after((height, width), *_filled(window))
+        first = []
+        if lead:
+            first = [nn.Conv2d(conv[0], channels, *conv[1:], bias=bias)]
         return nn.Sequential(
             *first, *body, nn.Flatten(), nn.Linear(channels * height * width, 2)
         )
 
     return build
+
+
+def _after(size: tuple[int, int], *window: int | tuple[int, int]) -> tuple[int, ...]:
+    """The size behind a window of a kernel, stride and padding."""
+    return tuple(
+        (n + 2 * p - k) // s + 1
+        for n, k, s, p in zip(size, *map(_pair, window), strict=True)
+    )
 
 
 def _filled(window: tuple) -> tuple:
@@ -90,6 +103,22 @@ _SHAPES: list[tuple[str, int, tuple, tuple[int, int]]] = [
     ("overlap", 5, (3, 2), (7, 6)),
     ("gaps", 5, (2, 3), (7, 6)),
     ("padded", 5, (2, 2, 1), (5, 6)),
+]
+# Convolutions whose output is swept in strips, and some beside them that are not.
+# name, outputs, pooling window, image, convolution, further arguments
+_STRIPS: list[tuple[str, int, tuple, tuple[int, int], tuple, dict]] = [
+    ("3x3-of-3to16", 16, (2,), (4, 30), (3, 3, 1, 1), {}),
+    ("3x3-of-1to5", 5, (2,), (7, 9), (1, 3, 1, 1), {}),
+    ("3x3-of-3to33-unpadded", 33, (3,), (10, 9), (3, 3), {}),
+    ("3x3-of-3to35-no-bias", 35, (2,), (5, 23), (3, 3, 1, 1), {"bias": False}),
+    ("5x3-of-2to17", 17, ((2, 1),), (6, 7), (2, (5, 3), 1, (2, 0)), {}),
+    ("1x3-of-7to1", 1, (2,), (3, 5), (7, (1, 3), 1, (0, 2)), {}),
+    ("4x4-of-4to8", 8, (2,), (5, 6), (4, 4, 1, 3), {}),
+    ("2x2-of-3to9-plain", 9, (2,), (4, 16), (3, 2), {"scale": False, "shift": False}),
+    ("many-strips", 3, (2,), (41, 6), (2, 3, 1, 1), {}),
+    ("whole-image", 6, ((3, 4),), (3, 4), (3, 3, 1, 1), {"order": "-relu-last"}),
+    ("many-inputs", 4, (2,), (5, 4), (8, 3, 1, 1), {}),
+    ("stride-2", 4, (2,), (9, 8), (3, 3, 2, 1), {}),
 ]
 _AFFINE = {
     "-no-scale": (False, True),
@@ -121,6 +150,16 @@ FUSED = [
             samples=4,
         )
         for key, (scale, shift) in _AFFINE.items()
+    ),
+    *(
+        Problem(
+            f"conv-norm-pool-{name}",
+            pooled_norm(outputs, window, size, conv=conv, **more),
+            (conv[0], *size),
+            2,
+            samples=3,
+        )
+        for name, outputs, window, size, conv, more in _STRIPS
     ),
     Problem(
         "batch-norm-pool-first",

@@ -369,6 +369,15 @@ LOSS = [
         for loss in ("policy_gradient", "likelihood_ratio", "gaussian_kl")
         for a in ((1, 3, 9) if loss == "policy_gradient" else (1, 3))
     ),
+    # more samples than the engine takes at once
+    Problem(
+        "policy-gradient-3-n150",
+        _policy(3),
+        (3,),
+        6,
+        loss="policy_gradient",
+        samples=150,
+    ),
     *(
         Problem(f"{loss.replace('_', '-')}-{o}", _mlp(3, 7, o), (3,), o, loss=loss)
         for loss in (

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: fastmaml itself comes from where it is installed
 
-from bench import cost, roofline, shares, targets  # noqa: E402
+from bench import cost, roofline, run, shares, targets  # noqa: E402
 from bench.workloads import WORKLOADS  # noqa: E402
 
 # a core's ceilings in order of magnitude
@@ -89,8 +89,8 @@ def test_a_run_writes_both_bounds(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(run, "run_workload", measured)
-    monkeypatch.setattr(run.cost, "matrix_peak", lambda: 2e11)
-    monkeypatch.setattr(run.cost, "copy_bandwidth", lambda: 5e10)
+    monkeypatch.setattr(run.cost, "matrix_peak", lambda **_: 2e11)
+    monkeypatch.setattr(run.cost, "copy_bandwidth", lambda **_: 5e10)
     monkeypatch.setattr(run.roofline, "measure_ceilings", lambda: CORE)
     monkeypatch.setattr(run.contenders, "native_missing", lambda: None)
     out = tmp_path / "result.json"

@@ -66,6 +66,20 @@ def test_the_first_layer_takes_one_product_a_pass(name):
     assert need.operations == 2 * 2 * 12
 
 
+def test_strips_take_over_what_the_norm_above_does_to_unpooled_pixels():
+    conv = {**LINEAR, "adjoint": False}
+    strips = {**conv, "strips": True}
+    norm = {"kind": "batch_norm_pool", "inputs": 8, "outputs": 2, "parameters": 0}
+    swept = {**norm, "swept_below": True}
+    for name in roofline.PASSES:
+        ty = 4 * 2 * 4 if name.startswith("tangent") else 0
+        alone, together = (roofline.pass_need(c, name, 2) for c in (conv, strips))
+        assert together == roofline.Need(alone.operations, alone.bytes + ty)
+        alone, together = (roofline.pass_need(n, name, 2) for n in (norm, swept))
+        assert 4 * together.operations == alone.operations
+        assert together.bytes < alone.bytes
+
+
 def test_smooth_activations_read_what_piecewise_linear_ones_do_not():
     sizes = {"inputs": 5, "outputs": 5, "parameters": 0}
     relu = roofline.pass_need({"kind": "relu", **sizes}, "tangent_backward", 1)

@@ -44,6 +44,8 @@ NAMES = [
     "max-pool-3x2-s1x2",
     "batch-norm-pool-2x2-of-33",
     "batch-norm-pool-3x3-of-5",
+    "conv-norm-pool-3x3-of-3to16",
+    "conv-norm-pool-3x3-of-1to5",
     "avg-pool-2-s2-remainder",
     "global-pool-9",
     "cross-entropy-17-n7-mean",

@@ -113,7 +113,7 @@ class LayerBench {
             pass, ": nothing before layer ", program_.first_trainable(), " is trained");
     return timed(repeats, [&](index_t i) {
       const index_t t = i % tasks_;
-      run(args(size_t(layer), t), exec(t));
+      run_pass(run, size_t(layer), t);
     });
   }
 
@@ -206,24 +206,36 @@ class LayerBench {
     fail("pass: expected forward, backward, tangent_forward or tangent_backward, got '", pass, "'");
   }
 
+  bool in_strips(size_t l) const { return program_.layers()[l].strip_rows > 0; }
+
+  void run_pass(LayerOps<S>::Pass pass, size_t l, index_t t) const {
+    LayerArgs<S> a = args(l, t), above;
+    if (in_strips(l)) {
+      above = args(l + 1, t);
+      a.above = &above;
+    }
+    pass(a, exec(t));
+  }
+
   // Everything any pass may read or write; each takes what it needs.
   LayerArgs<S> args(size_t l, index_t t) const {
     const bool adjoint = index_t(l) > program_.first_trainable(), last = index_t(l) + 1 == depth();
     LayerArgs<S> a;
     a.desc = &program_.layers()[l];
     a.samples = samples_;
+    a.swept_below = l > 0 && in_strips(l - 1);
     a.x = l == 0 ? at(t, x_) : tape(t, tape_.y[l - 1]);
     a.w = at(t, theta_) + a.desc->param_offset;
     a.y = tape(t, tape_.y[l]);
     a.saved = tape(t, tape_.saved[l]);
     a.dy = last ? tape(t, tape_.dz) : tape(t, tape_.dx[l + 1]);
-    a.dx = adjoint ? tape(t, tape_.dx[l]) : nullptr;
+    a.dx = adjoint && !a.swept_below ? tape(t, tape_.dx[l]) : nullptr;
     a.dw = at(t, dw_) + a.desc->param_offset;
     a.tw = at(t, direction_) + a.desc->param_offset;
     a.tx = adjoint ? tangent(t, tangent_.ty[l - 1]) : nullptr;
     a.ty = tangent(t, tangent_.ty[l]);
     a.tdy = last ? tangent(t, tangent_.tdz) : tangent(t, tangent_.tdx[(l + 1) % 2]);
-    a.tdx = adjoint ? tangent(t, tangent_.tdx[l % 2]) : nullptr;
+    a.tdx = adjoint && !a.swept_below ? tangent(t, tangent_.tdx[l % 2]) : nullptr;
     a.tdw = at(t, tdw_) + a.desc->param_offset;
     return a;
   }
@@ -273,12 +285,12 @@ class LayerBench {
   void run(index_t t) {
     const size_t first = size_t(program_.first_trainable()), end = size_t(depth());
     const auto& loss = backend_.losses[int(program_.loss())];
-    for (size_t l = 0; l < end; ++l) pass_of(l, "forward")(args(l, t), exec(t));
+    for (size_t l = 0; l < end; ++l) run_pass(pass_of(l, "forward"), l, t);
     loss.value(loss_args(t), exec(t));
-    for (size_t l = end; l-- > first;) pass_of(l, "backward")(args(l, t), exec(t));
-    for (size_t l = first; l < end; ++l) pass_of(l, "tangent_forward")(args(l, t), exec(t));
+    for (size_t l = end; l-- > first;) run_pass(pass_of(l, "backward"), l, t);
+    for (size_t l = first; l < end; ++l) run_pass(pass_of(l, "tangent_forward"), l, t);
     loss.hessian(loss_args(t), exec(t));
-    for (size_t l = end; l-- > first;) pass_of(l, "tangent_backward")(args(l, t), exec(t));
+    for (size_t l = end; l-- > first;) run_pass(pass_of(l, "tangent_backward"), l, t);
   }
 
   const Program& program_;
@@ -304,6 +316,8 @@ py::list layers_of(const Program& program) {
     row["parameters"] = d.param_count;
     row["multiply_adds"] = multiply_adds(d);
     row["window"] = d.window.kernel[0] * d.window.kernel[1];
+    row["strips"] = d.strip_rows > 0;
+    row["swept_below"] = l > 0 && program.layers()[l - 1].strip_rows > 0;
     row["trained"] = index_t(l) >= program.first_trainable();
     row["adjoint"] = index_t(l) > program.first_trainable();
     list.append(row);

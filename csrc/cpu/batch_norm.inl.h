@@ -99,9 +99,14 @@ struct Sums {
 
 // Two sums per channel over blocks of the data: add(group, c, block, acc) adds a block's terms to
 // acc [group.count][2]. Blocks are summed in S and added up in double, in parts whose number
-// depends on the blocks alone.
-template <class Add>
-Sums reduce_blocks(index_t blocks, index_t channels, const Exec& exec, Add&& add) {
+// depends on the blocks alone; prepare(part, block) comes first.
+struct Nothing {
+  FM_INLINE void operator()(index_t, index_t) const {}
+};
+
+template <class Add, class Prepare = Nothing>
+Sums reduce_blocks(index_t blocks, index_t channels, const Exec& exec, Add&& add,
+                   const Prepare& prepare = {}) {
   const index_t width = align_up(channels, 16);
   double* sums = reinterpret_cast<double*>(scratch_row(exec, channels, 2));
   const index_t parts = max_of<index_t>(1, min_of(kStatisticParts, blocks / 2));
@@ -111,6 +116,7 @@ Sums reduce_blocks(index_t blocks, index_t channels, const Exec& exec, Add&& add
       std::memset(own, 0, 2 * width * sizeof(double));
       const index_t first = blocks * part / parts;
       for (index_t block = blocks * (part + 1) / parts; block-- > first;) {
+        prepare(part, block);
         for_groups(channels, [&](auto group, index_t c) {
           constexpr int G = decltype(group)::count;
           V acc[G][2] = {};
@@ -138,14 +144,14 @@ struct Each {
 };
 
 template <class Make, int G, bool Partial, int... I>
-FM_INLINE auto each_of(Make& make, Group<G, Partial> group, index_t c,
+FM_INLINE auto each_of(Make&& make, Group<G, Partial> group, index_t c,
                        std::integer_sequence<int, I...>) {
   using F = decltype(make(group.lanes, c));
   return Each<F, G>{{make(group.lanes, c + I * kLanes)...}};
 }
 
 template <class Make, int G, bool Partial>
-FM_INLINE auto each_of(Make& make, Group<G, Partial> group, index_t c) {
+FM_INLINE auto each_of(Make&& make, Group<G, Partial> group, index_t c) {
   return each_of(make, group, c, std::make_integer_sequence<int, G>{});
 }
 

@@ -213,6 +213,25 @@ inline void bilinear_input_adjoint(const LayerArgs<S>& a, const Operands& operan
   dense_product(p, exec);
 }
 
+// Few outputs: rows of inputs fill the vectors better, so dw is computed transposed.
+inline void narrow_gradient(const LayerArgs<S>& a, const Operands& operands, S* dw,
+                            const Exec& exec) {
+  const index_t in = a.desc->in.channels, out = a.desc->out.channels;
+  const S scale = scale_of(a.weight_scale, a.weight_rate);
+  S* transposed = static_cast<S*>(exec.scratch);
+  Operands swapped;
+  for (int pair = 0; pair < operands.count; ++pair) {
+    swapped.add(operands.pair[pair].other, operands.pair[pair].src);
+  }
+  dense_gradient({out, in, dense_rows_of(a), swapped, 1, out, transposed, {}}, exec);
+  for (index_t i = 0; i < in; ++i) {
+    for (index_t o = 0; o < out; ++o) {
+      const S g = scale * transposed[o * in + i];
+      dw[i * out + o] = a.dw_base ? a.dw_base[i * out + o] + g : g;
+    }
+  }
+}
+
 inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& operands,
                                     const S* bias_source, S* dw, const Exec& exec) {
   const LayerDesc& d = *a.desc;
@@ -223,6 +242,7 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
              dw + d.bias_offset);
   }
   if (has_single_output(d)) return single_output_gradient(a, operands, dw);
+  if (d.dense() && out < kLanes && in > out) return narrow_gradient(a, operands, dw, exec);
   if (!d.dense()) {
     const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * in;
     return weight_gradient({&d.geometry->forward, operands, a.samples, inputs, out, dw}, in, exec);

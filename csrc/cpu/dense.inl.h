@@ -225,10 +225,15 @@ inline void dense_product(const DenseProduct& p, const Exec& exec) {
   });
 }
 
-// Samples in runs that stay in the first-level cache while all tiles of c pass over them.
+// Samples in runs of about so many elements of b, equally long: in the first-level cache they stay
+// while all tiles of c pass over them.
+constexpr index_t kRunElements = 36 * 1024 / sizeof(S);
+
 inline void dense_gradient(const DenseProduct& whole, const Exec& exec) {
   const DenseBlocks blocks(whole.columns);
-  const index_t run = chunk_rows(whole.rows, whole.columns);
+  const index_t runs =
+      max_of<index_t>(1, (whole.depth * whole.columns + kRunElements - 1) / kRunElements);
+  const index_t run = (whole.depth + runs - 1) / runs;
   parallel(exec, whole.rows, kTileRows, whole.depth * whole.columns,
            [&](index_t begin, index_t end) {
              DenseProduct p = whole;
@@ -240,11 +245,8 @@ inline void dense_gradient(const DenseProduct& whole, const Exec& exec) {
                                           from.other + first * whole.columns};
                }
                if (first > 0) p.epilogue.base = p.c;
-               for (index_t row = begin; row < end; row += kTileRows) {
-                 const index_t to = min_of(end, row + kTileRows);
-                 for (index_t b = 0; b < blocks.count; ++b)
-                   dense_block<true>(p, blocks, b, row, to);
-               }
+               for (index_t b = 0; b < blocks.count; ++b)
+                 dense_block<true>(p, blocks, b, begin, end);
              }
            });
 }

@@ -40,6 +40,8 @@
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"
 #include "cpu/batch_norm_pool.inl.h"
+#include "cpu/conv_band.inl.h"
+#include "cpu/conv_norm_pool.inl.h"
 #include "cpu/layer_norm.inl.h"
 #include "cpu/pool.inl.h"
 #include "cpu/loss.inl.h"
@@ -56,7 +58,14 @@ namespace FM_KERNELS {
 // A backend pass takes T tasks; the kernels above take one.
 template <void (*Pass)(const LayerArgs<S>&, const Exec&)>
 void each_task(const LayerArgs<S>& args, const Exec& exec) {
-  for (index_t t = 0; t < args.tasks; ++t) Pass(task_args(args, t), exec);
+  for (index_t t = 0; t < args.tasks; ++t) {
+    LayerArgs<S> one = task_args(args, t), above;
+    if (one.above) {
+      above = task_args(*args.above, t);
+      one.above = &above;
+    }
+    Pass(one, exec);
+  }
 }
 
 template <LossKind Kind, void (*Pass)(const LossArgs<S>&, const Exec&)>
@@ -96,8 +105,7 @@ constexpr LayerOps<S> activation_ops() {
 constexpr Backend<S> table() {
   return {
       "cpu",
-      {ops<bilinear_forward, bilinear_backward, bilinear_tangent_forward,
-           bilinear_tangent_backward>(),
+      {ops<conv_forward, conv_backward, conv_tangent_forward, conv_tangent_backward>(),
        ops<batch_norm_forward, batch_norm_backward, batch_norm_tangent_forward,
            batch_norm_tangent_backward>(),
        ops<batch_norm_pool_forward, batch_norm_pool_backward, batch_norm_pool_tangent_forward,
@@ -115,7 +123,7 @@ constexpr Backend<S> table() {
        ops<append_forward, append_backward, append_tangent_forward, append_tangent_backward>()},
       {loss_ops<LossKind::squared_error, squared_error_value, squared_error_hessian>(),
        loss_ops<LossKind::cross_entropy, cross_entropy_value, cross_entropy_hessian>(),
-       policy_ops<LossKind::gaussian_policy, math::PolicyGradient<math::Gaussian>>(),
+       loss_ops<LossKind::gaussian_policy, gaussian_policy_value, gaussian_policy_hessian>(),
        policy_ops<LossKind::gaussian_ratio, math::LikelihoodRatio<math::Gaussian>>(),
        policy_ops<LossKind::gaussian_kl, math::KlDivergence<math::Gaussian>>(),
        policy_ops<LossKind::categorical_policy, math::PolicyGradient<math::Categorical>>(),
@@ -129,6 +137,7 @@ constexpr Backend<S> table() {
       true,
       false,
       false,
+      true,
       task_slots,
       for_each_task,
       for_each_range};

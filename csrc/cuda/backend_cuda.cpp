@@ -63,6 +63,7 @@ Backend<S> table() {
       kHostMemory,
       true,
       true,
+      false,
       task_slots,
       for_each_task<S>,
       for_each_range};

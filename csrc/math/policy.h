@@ -29,28 +29,55 @@ namespace fm::math {
 
 constexpr double kLogStdFloor = -13.815510557964274;  // a standard deviation of 1e-6
 
+template <class S>
+FM_INLINE S floored_log_std(S s) {
+  return s < S(kLogStdFloor) ? S(kLogStdFloor) : s;
+}
+
+// One of the A actions of a Gaussian.
+template <class S>
+struct GaussianAction {
+  S s, on, inverse_std, u;  // on: 1, or 0 where s is the floor
+
+  FM_INLINE GaussianAction(S m, S log_std, S action)
+      : s(floored_log_std(log_std)),
+        on(log_std < S(kLogStdFloor) ? S(0) : S(1)),
+        inverse_std(exp(-s)),
+        u((action - m) * inverse_std) {}
+
+  FM_INLINE double log_probability() const {
+    return -0.5 * double(u) * double(u) - double(s) - 0.91893853320467274178;
+  }
+  // c times the score
+  FM_INLINE S mean_score(S c) const { return c * u * inverse_std; }
+  FM_INLINE S log_std_score(S c) const { return c * on * (u * u - S(1)); }
+  // c (the score's tangent along (tm, ts) + k times the score)
+  FM_INLINE S mean_tangent(S tm, S ts, S c, S k) const {
+    return c * inverse_std * (tu(tm, ts) - u * on * ts + k * u);
+  }
+  FM_INLINE S log_std_tangent(S tm, S ts, S c, S k) const {
+    return c * on * (S(2) * u * tu(tm, ts) + k * (u * u - S(1)));
+  }
+
+ private:
+  FM_INLINE S tu(S tm, S ts) const { return -tm * inverse_std - u * on * ts; }
+};
+
 struct Gaussian {
   static constexpr bool kIndexed = false;
   static FM_INLINE constexpr index_t actions(index_t outputs) { return outputs / 2; }
   static FM_INLINE constexpr index_t action_size(index_t outputs) { return outputs / 2; }
 
   template <class S>
-  static FM_INLINE S log_std(S s) {
-    return s < S(kLogStdFloor) ? S(kLogStdFloor) : s;
-  }
-  template <class S>
-  static FM_INLINE S above(S s) {
-    return s < S(kLogStdFloor) ? S(0) : S(1);
+  static FM_INLINE GaussianAction<S> at(const S* z, const S* action, index_t n, index_t i) {
+    return {z[i], z[n + i], action[i]};
   }
 
   template <class S>
   static FM_INLINE double log_probability(const S* z, const S* action, index_t outputs) {
     const index_t n = actions(outputs);
     double sum = 0;
-    for (index_t i = 0; i < n; ++i) {
-      const S s = log_std(z[n + i]), u = (action[i] - z[i]) * exp(-s);
-      sum += -0.5 * double(u) * double(u) - double(s) - 0.91893853320467274178;
-    }
+    for (index_t i = 0; i < n; ++i) sum += at(z, action, n, i).log_probability();
     return sum;
   }
 
@@ -59,9 +86,9 @@ struct Gaussian {
   static FM_INLINE void score(const S* z, const S* action, index_t outputs, S c, S* dz) {
     const index_t n = actions(outputs);
     for (index_t i = 0; i < n; ++i) {
-      const S inverse_std = exp(-log_std(z[n + i])), u = (action[i] - z[i]) * inverse_std;
-      dz[i] = c * u * inverse_std;
-      dz[n + i] = c * above(z[n + i]) * (u * u - S(1));
+      const GaussianAction<S> g = at(z, action, n, i);
+      dz[i] = g.mean_score(c);
+      dz[n + i] = g.log_std_score(c);
     }
   }
 
@@ -71,8 +98,8 @@ struct Gaussian {
     const index_t n = actions(outputs);
     S sum = S(0);
     for (index_t i = 0; i < n; ++i) {
-      const S inverse_std = exp(-log_std(z[n + i])), u = (action[i] - z[i]) * inverse_std;
-      sum += u * inverse_std * tz[i] + above(z[n + i]) * (u * u - S(1)) * tz[n + i];
+      const GaussianAction<S> g = at(z, action, n, i);
+      sum += g.mean_score(S(1)) * tz[i] + g.log_std_score(S(1)) * tz[n + i];
     }
     return sum;
   }
@@ -83,10 +110,10 @@ struct Gaussian {
                                       S c, S k, S* tdz) {
     const index_t n = actions(outputs);
     for (index_t i = 0; i < n; ++i) {
-      const S inverse_std = exp(-log_std(z[n + i])), u = (action[i] - z[i]) * inverse_std;
-      const S on = above(z[n + i]), ts = on * tz[n + i], tu = -tz[i] * inverse_std - u * ts;
-      tdz[i] = c * inverse_std * (tu - u * ts + k * u);
-      tdz[n + i] = c * on * (S(2) * u * tu + k * (u * u - S(1)));
+      const GaussianAction<S> g = at(z, action, n, i);
+      const S tm = tz[i], ts = tz[n + i];
+      tdz[i] = g.mean_tangent(tm, ts, c, k);
+      tdz[n + i] = g.log_std_tangent(tm, ts, c, k);
     }
   }
 
@@ -95,12 +122,12 @@ struct Gaussian {
     const index_t n = actions(outputs);
     double sum = 0;
     for (index_t i = 0; i < n; ++i) {
-      const S s = log_std(z[n + i]), s0 = log_std(old[n + i]), inverse_std = exp(-s);
-      const S q = exp(S(2) * (s0 - s)), e = (z[i] - old[i]) * inverse_std;
-      sum += double(s) - double(s0) + 0.5 * (double(q) + double(e) * double(e) - 1);
+      const GaussianAction<S> g = at(z, old, n, i);
+      const S s0 = floored_log_std(old[n + i]), q = exp(S(2) * (s0 - g.s)), e = -g.u;
+      sum += double(g.s) - double(s0) + 0.5 * (double(q) + double(e) * double(e) - 1);
       if (dz) {
-        dz[i] = c * e * inverse_std;
-        dz[n + i] = c * above(z[n + i]) * (S(1) - q - e * e);
+        dz[i] = c * e * g.inverse_std;
+        dz[n + i] = c * g.on * (S(1) - q - e * e);
       }
     }
     return sum;
@@ -111,11 +138,11 @@ struct Gaussian {
                                    S* tdz) {
     const index_t n = actions(outputs);
     for (index_t i = 0; i < n; ++i) {
-      const S s = log_std(z[n + i]), inverse_std = exp(-s), on = above(z[n + i]);
-      const S q = exp(S(2) * (log_std(old[n + i]) - s)), e = (z[i] - old[i]) * inverse_std;
-      const S tm = inverse_std * tz[i], ts = on * tz[n + i];
-      tdz[i] = c * inverse_std * (tm - S(2) * e * ts);
-      tdz[n + i] = c * on * S(2) * ((q + e * e) * ts - e * tm);
+      const GaussianAction<S> g = at(z, old, n, i);
+      const S q = exp(S(2) * (floored_log_std(old[n + i]) - g.s)), e = -g.u;
+      const S tm = g.inverse_std * tz[i], ts = g.on * tz[n + i];
+      tdz[i] = c * g.inverse_std * (tm - S(2) * e * ts);
+      tdz[n + i] = c * g.on * S(2) * ((q + e * e) * ts - e * tm);
     }
   }
 };

@@ -14,6 +14,33 @@ LayerArgs<S> Network<S>::args(size_t l, Params theta, const Batch<S>& batch,
   a.w_stride = theta.stride;
   a.y = tape.y(l);
   a.saved = tape.saved(l);
+  a.swept_below = l > 0 && in_strips(l - 1);
+  return a;
+}
+
+template <class S>
+LayerArgs<S> Network<S>::adjoint_args(size_t l, Params theta, const Batch<S>& batch,
+                                      const Tape<S>& tape, const S* dz,
+                                      const Tangent<S>* room) const {
+  const auto adjoint = [&](size_t m) { return room ? room->tdx(m) : tape.dx(m); };
+  LayerArgs<S> a = args(l, theta, batch, tape);
+  a.dy = l + 1 < depth() ? adjoint(l + 1) : dz;
+  a.dx = l > first() && !a.swept_below ? adjoint(l) : nullptr;
+  return a;
+}
+
+template <class S>
+LayerArgs<S> Network<S>::tangent_args(size_t l, Params theta, Params tw, const Batch<S>& batch,
+                                      const Tape<S>& tape, const Tangent<S>& tangent,
+                                      const std::uint8_t* still) const {
+  LayerArgs<S> a = args(l, theta, batch, tape);
+  a.dy = l + 1 < depth() ? tape.dx(l + 1) : tape.dz();
+  a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
+  a.tw_stride = tw.stride;
+  a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
+  a.ty = tangent.ty(l);
+  a.tdy = l + 1 < depth() ? tangent.tdx(l + 1) : tangent.tdz();
+  a.tdx = l > first() && !a.swept_below ? tangent.tdx(l) : nullptr;
   return a;
 }
 
@@ -32,7 +59,10 @@ LossArgs<S> Network<S>::loss_args(const Batch<S>& batch, const Tape<S>& tape) co
 template <class S>
 void Network<S>::forward(Params theta, const Batch<S>& batch, const Tape<S>& tape,
                          const Exec& exec) const {
-  for (size_t l = 0; l < depth(); ++l) ops(l).forward(args(l, theta, batch, tape), exec);
+  const auto args_of = [&](size_t l) { return args(l, theta, batch, tape); };
+  for (size_t l = 0; l < depth(); ++l) {
+    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(l).forward(a, exec); });
+  }
 }
 
 template <class S>
@@ -85,13 +115,11 @@ template <class S>
 void Network<S>::backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz,
                           Rows<S> dw, const Update<S>& update, const Exec& exec,
                           const Tangent<S>* room) const {
-  const S* dy = dz;
+  const auto args_of = [&](size_t l) { return adjoint_args(l, theta, batch, tape, dz, room); };
   for (size_t l = depth(); l-- > (dw.data ? first() : lowest_adjoint());) {
-    LayerArgs<S> a = args(l, theta, batch, tape);
-    a.dy = dy;
-    a.dx = l > first() ? (room ? room->tdx(l) : tape.dx(l)) : nullptr;
-    update_layer(ops(l).backward, a, &LayerArgs<S>::dw, dw, update, exec);
-    dy = a.dx;
+    with_above(l, args_of, [&](LayerArgs<S>& a) {
+      update_layer(ops(l).backward, a, &LayerArgs<S>::dw, dw, update, exec);
+    });
   }
 }
 
@@ -99,13 +127,11 @@ template <class S>
 void Network<S>::tangent_forward(Params theta, Params tw, const Batch<S>& batch,
                                  const Tape<S>& tape, const Tangent<S>& tangent, const Exec& exec,
                                  const std::uint8_t* still) const {
+  const auto args_of = [&](size_t l) {
+    return tangent_args(l, theta, tw, batch, tape, tangent, still);
+  };
   for (size_t l = first(); l < depth(); ++l) {
-    LayerArgs<S> a = args(l, theta, batch, tape);
-    a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
-    a.tw_stride = tw.stride;
-    a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
-    a.ty = tangent.ty(l);
-    ops(l).tangent_forward(a, exec);
+    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(l).tangent_forward(a, exec); });
   }
 }
 
@@ -123,17 +149,13 @@ void Network<S>::tangent_backward(Params theta, Params tw, const Batch<S>& batch
                                   const Tape<S>& tape, const Tangent<S>& tangent, Rows<S> tdw,
                                   const Update<S>& update, const Exec& exec,
                                   const std::uint8_t* still) const {
-  const S* tdy = tangent.tdz();
+  const auto args_of = [&](size_t l) {
+    return tangent_args(l, theta, tw, batch, tape, tangent, still);
+  };
   for (size_t l = depth(); l-- > first();) {
-    LayerArgs<S> a = args(l, theta, batch, tape);
-    a.dy = l + 1 < depth() ? tape.dx(l + 1) : tape.dz();
-    a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
-    a.tw_stride = tw.stride;
-    a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
-    a.tdy = tdy;
-    a.tdx = l > first() ? tangent.tdx(l) : nullptr;
-    update_layer(ops(l).tangent_backward, a, &LayerArgs<S>::tdw, tdw, update, exec);
-    tdy = a.tdx;
+    with_above(l, args_of, [&](LayerArgs<S>& a) {
+      update_layer(ops(l).tangent_backward, a, &LayerArgs<S>::tdw, tdw, update, exec);
+    });
   }
 }
 

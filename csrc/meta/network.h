@@ -117,6 +117,23 @@ class Network {
 
  private:
   LayerArgs<S> args(size_t l, Params theta, const Batch<S>& batch, const Tape<S>& tape) const;
+  // The same with adjoints, and with tangents.
+  LayerArgs<S> adjoint_args(size_t l, Params theta, const Batch<S>& batch, const Tape<S>& tape,
+                            const S* dz, const Tangent<S>* room) const;
+  LayerArgs<S> tangent_args(size_t l, Params theta, Params tw, const Batch<S>& batch,
+                            const Tape<S>& tape, const Tangent<S>& tangent,
+                            const std::uint8_t* still) const;
+  // Whether layer l sweeps the pixels of the norm above it.
+  bool in_strips(size_t l) const { return backend_.strips && program_.layers()[l].strip_rows > 0; }
+  // body(args_of(l)), with those of the norm above if layer l works in strips.
+  template <class ArgsOf, class Body>
+  void with_above(size_t l, const ArgsOf& args_of, const Body& body) const {
+    LayerArgs<S> a = args_of(l);
+    if (!in_strips(l)) return body(a);
+    const LayerArgs<S> above = args_of(l + 1);
+    a.above = &above;
+    body(a);
+  }
   // Runs a pass that leaves layer l's dw at `where` (a field of a) and updates its slice of `out`.
   void update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a, S* LayerArgs<S>::* where,
                     Rows<S> out, const Update<S>& update, const Exec& exec) const;

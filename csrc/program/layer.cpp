@@ -4,12 +4,12 @@
 namespace fm {
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
-// pooling the winning tap of every output (as an integer of the scalar's width), both fused the
-// winner's x and tx.
+// pooling the winning tap of every output (as an integer of the scalar's width), both fused three
+// more per channel and the winner's x and tx.
 index_t saved_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
   if (d.kind == LayerKind::batch_norm_pool) {
-    return align_up(6 * d.in.channels, 16) + 2 * samples * d.out.size();
+    return align_up(9 * d.in.channels, 16) + 2 * samples * d.out.size();
   }
   if (d.kind == LayerKind::layer_norm) return 6 * samples;
   if (d.kind == LayerKind::max_pool) return samples * d.out.size();
@@ -26,15 +26,32 @@ index_t gradient_parts(const LayerDesc& d, index_t samples) {
   return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
 }
 
-// Scratch: the transposed weights and their tangents, or the parts of a weight gradient; two rows
-// of batch norm's coefficients, and two rows of sums a part, in double, which may take two elements
-// each.
+namespace {
+index_t norm_scratch(index_t channels) {
+  return (2 + 4 * kStatisticParts) * align_up(channels, 16);
+}
+}  // namespace
+
+StripSizes::StripSizes(const LayerDesc& d) {
+  norm = norm_scratch(d.out.channels);
+  width = align_up(d.out.channels, 16);
+  row = (d.in.width + 2 * d.window.padding[1]) * d.in.channels;
+  inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
+  panel = (inputs + 1) * width;
+  band = align_up((d.strip_rows + d.window.kernel[0] - 1) * row, 16);
+  adjoint = align_up(d.strip_rows * d.out.width * d.out.channels + 16, 16);  // a vector to spare
+}
+
+// Scratch: the transposed weights and their tangents, or the parts of a weight gradient, or what
+// strips take; two rows of batch norm's coefficients, and two rows of sums a part, in double, which
+// may take two elements each.
 index_t scratch_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::bilinear) {
-    return max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count;
+    const index_t strips = d.strip_rows > 0 ? StripSizes(d).total() : 0;
+    return max_of(strips, max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count);
   }
   if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
-    return (2 + 4 * kStatisticParts) * align_up(d.in.channels, 16);
+    return norm_scratch(d.in.channels);
   }
   return 0;
 }

@@ -61,6 +61,9 @@ struct LayerDesc {
   index_t param_count = 0;    // weight, padding to a cache line and bias
   index_t segment = 0;        // of the weight, among the program's
   const ConvGeometry* geometry = nullptr;  // bilinear only, owned by the program
+  // A first convolution below a batch norm with pooling: a backend may leave that norm's sweeps
+  // over unpooled pixels to it, in strips of at most so many rows (Backend::strips).
+  index_t strip_rows = 0;
 
   index_t segments() const { return (has_weight ? 1 : 0) + (has_bias ? 1 : 0); }
   // A matrix product per sample or pixel: Linear, and convolutions of single pixels.
@@ -96,6 +99,10 @@ struct LayerArgs {
   index_t dw_base_stride = 0;  // elements from task to task (0: shared)
   S weight_scale = 1, bias_scale = 1;
   const S *weight_rate = nullptr, *bias_rate = nullptr;
+  // Of a convolution that works in strips, the arguments of the norm above it; and of that norm,
+  // that the convolution has swept, or will sweep, its unpooled pixels.
+  const LayerArgs* above = nullptr;
+  bool swept_below = false;
 };
 
 // Batch norm sums the data of a task in at most this many parts, each with sums of its own.
@@ -104,6 +111,16 @@ constexpr index_t kStatisticParts = 16;
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
+
+// Scratch of a convolution in strips, in this order: the norm's sums; weights and bias in whole
+// vectors of outputs; and for each part of the strips the rows of x that one sees, its dy, and sums
+// for dw and the bias.
+struct StripSizes {
+  index_t norm, panel, band, adjoint;
+  index_t width, row, inputs;  // of a panel; of a band; kernel pixels * channels
+  explicit StripSizes(const LayerDesc& desc);
+  index_t total() const { return norm + panel + kStatisticParts * (band + adjoint + panel); }
+};
 
 // Parts that a backend in lockstep cuts the sum of a bilinear layer's weight gradient into, which
 // are added in order: as many as let few tasks fill a GPU, each in a place of param_count elements

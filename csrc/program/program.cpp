@@ -271,6 +271,7 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   choose_chunk();
   place_tables();
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
+  choose_strips();
 }
 
 namespace {
@@ -320,6 +321,19 @@ void Program::fuse() {
   }
   layers_ = std::move(fused);
   names_ = std::move(names);
+}
+
+// Few inputs: else the convolution takes so long that sweeps of its output don't matter.
+void Program::choose_strips() {
+  constexpr index_t kMostInputs = 64;
+  if (first_trainable_ + 1 == index_t(layers_.size())) return;
+  LayerDesc& conv = layers_[first_trainable_];
+  const LayerDesc& norm = layers_[first_trainable_ + 1];
+  const Window& w = conv.window;
+  if (conv.kind != LayerKind::bilinear || norm.kind != LayerKind::batch_norm_pool) return;
+  if (conv.dense() || w.stride[0] * w.stride[1] != 1) return;
+  if (w.kernel[0] * w.kernel[1] * conv.in.channels > kMostInputs) return;
+  conv.strip_rows = norm.in.height - (norm.out.height - 1) * norm.window.kernel[0];
 }
 
 void Program::choose_chunk() {

@@ -66,6 +66,7 @@ class Program {
  private:
   void fuse();
   void choose_chunk();
+  void choose_strips();
   void place_tables();
 
   Shape input_, output_;
