@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmaml import _native
 from fastmaml.engines.placement import missing
 
 NAMES = ["cpu", "cpu_lockstep", "cuda_emulated", "cuda"]
@@ -71,6 +72,12 @@ def cpu_alone() -> None:
 
 def device_of(name: str) -> str:
     return "cuda" if name == "cuda" else "cpu"
+
+
+def recorded_kernels() -> list[str]:
+    """Ends ``core.begin_recording(run=True)``: the kernels that ran since, in order."""
+    _, launches = _native.core().end_recording()
+    return [kernel.partition("(")[0] for _, kernel, *_ in launches]
 
 
 def placed(model: nn.Module, name: str) -> nn.Module:

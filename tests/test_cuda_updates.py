@@ -89,15 +89,15 @@ def test_they_are_those_of_the_cpu(problem, rates, backend):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_nothing_is_updated_in_a_launch_of_its_own(problem, backend):
     core = _native.core()
-    core.record_launches()
+    core.begin_recording(run=True)
     found(problem, backend, "one")
-    names = core.recorded_launches()
+    names = backends.recorded_kernels()
     assert len(names) > 20
     assert not elementwise(names), names
     # a gradient for the rates needs those of the inner steps, which are applied then
-    core.record_launches()
+    core.begin_recording(run=True)
     found(problem, backend, "one", rate_gradient=True)
-    assert elementwise(core.recorded_launches())
+    assert elementwise(backends.recorded_kernels())
 
 
 def elementwise(names: list[str]) -> list[str]:
@@ -115,7 +115,7 @@ def test_adam_is_one_launch(backend):
         p.grad = torch.ones_like(p)
     optimizer.step()
     core = _native.core()
-    core.record_launches()
+    core.begin_recording(run=True)
     optimizer.step()
-    assert core.recorded_launches() == ["adam_kernel<S>"]
+    assert backends.recorded_kernels() == ["adam_kernel<S>"]
     assert all(s["step"] == 2 for s in optimizer.state.values())

@@ -8,8 +8,6 @@
 namespace fm::bind {
 
 void define_emulation(py::module_& m) {
-  m.def("record_launches", &cuda_emulated::record_launches);
-  m.def("recorded_launches", &cuda_emulated::recorded_launches);
   m.def("device_memory",
         [](index_t bytes) { return Address(cuda_emulated::device_memory(std::size_t(bytes))); });
 }

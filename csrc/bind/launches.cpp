@@ -1,9 +1,9 @@
 // For bench/ and tests alone: what a call asks of a GPU, operation by operation and launch by
 // launch, at sizes that no emulation could compute in reasonable time.
 //
-// While `record_launches` is on, the emulated CUDA backend is a table whose entries note what they
-// were asked for and pass it on; the launches that follow are noted too, and not run. So results
-// are whatever memory held. That works because the driver and the launchers look into a GPU's
+// Between `begin_recording` and `end_recording` the emulated CUDA backend is a table whose entries
+// note what they were asked for and pass it on; the launches that follow are noted too, and not run
+// unless asked to. So results are whatever memory held. That works because the driver and the launchers look into a GPU's
 // memory no more than they may (`host_memory` is false): what is launched hangs on shapes alone.
 //
 // An operation is (what, pass, facts); facts are numbers, and the names of the pointers that were
@@ -39,15 +39,16 @@ struct Launched {
 };
 
 struct Recording {
-  bool on = false;
+  bool on = false, run = false;
   std::vector<Operation> operations;
   std::vector<Launched> launches;
 } recording_now;
 
-void observe(const cuda_emulated::Launch& call) {
+bool observe(const cuda_emulated::Launch& call) {
   recording_now.launches.push_back({index_t(recording_now.operations.size()) - 1,
                                     cuda_emulated::describe(call), call.grid, call.block,
                                     call.shared_bytes});
+  return recording_now.run;
 }
 
 void note(const char* what, const char* pass, std::vector<std::pair<const char*, index_t>> facts) {
@@ -223,12 +224,12 @@ void record_vectors(VectorOps<S>& v) {
 template <class S>
 void record_optimizers(OptimizerOps<S>& o) {
   static const OptimizerOps<S>& real = cuda_emulated::backend<S>().optimizer;
-  o.adam = [](const math::AdamOptions& options, const double* lr, const AdamTensor<S>* list,
-              index_t count, const Exec& e) {
+  o.adam = [](const math::AdamOptions& options, const double* lr, unsigned* arrivals,
+              const AdamTensor<S>* list, index_t count, const Exec& e) {
     index_t moved = 0;
     for (index_t i = 0; i < count; ++i) moved += (list[i].largest ? 9 : 7) * list[i].n;
     note("optimizer", "adam", {{"elements", moved}});
-    real.adam(options, lr, list, count, e);
+    real.adam(options, lr, arrivals, list, count, e);
   };
   o.sgd = [](const math::SgdRule<S>& rule, const double* lr, const SgdTensor<S>* list,
              index_t count, const Exec& e) {
@@ -273,13 +274,18 @@ const Backend<S>* recording_backend() {
   return recording_now.on ? &all : nullptr;
 }
 
-// begin_recording() forgets what was recorded; end_recording() returns (operations, launches).
+// begin_recording(run) forgets what was recorded, and says whether launches are run as well;
+// end_recording() returns (operations, launches).
 void define_launches(py::module_& m) {
-  m.def("begin_recording", [] {
-    recording_now = {};
-    recording_now.on = true;
-    cuda_emulated::observe_launches(observe);
-  });
+  m.def(
+      "begin_recording",
+      [](bool run) {
+        recording_now = {};
+        recording_now.on = true;
+        recording_now.run = run;
+        cuda_emulated::observe_launches(observe);
+      },
+      py::arg("run") = false);
   m.def("end_recording", [] {
     cuda_emulated::observe_launches(nullptr);
     recording_now.on = false;

@@ -23,7 +23,7 @@ constexpr std::size_t kLargestShared = 227 << 10;  // of a block, compute capabi
 constexpr unsigned kMostThreads = 1024;
 
 std::atomic<std::uint64_t> shuffle_seed{0};
-std::atomic<void (*)(const Launch&)> observer{nullptr};
+std::atomic<bool (*)(const Launch&)> observer{nullptr};
 
 void read_environment() {
   static const bool once = [] {
@@ -38,8 +38,6 @@ void read_environment() {
 // What inspect.h knows.
 struct Inspected {
   std::mutex mutex;
-  bool recording = false;
-  std::vector<std::string> launches;
   std::vector<std::pair<void*, std::size_t>> memory;
   int running = 0;  // launches
 
@@ -57,10 +55,9 @@ Inspected& inspected() {
 
 // A launch, while which device memory can be touched.
 struct Launched {
-  explicit Launched(const Launch& call) {
+  Launched() {
     Inspected& all = inspected();
     const std::lock_guard<std::mutex> lock(all.mutex);
-    if (all.recording) all.launches.push_back(kernel_name(call.text));
     if (all.running++ == 0) all.access(PROT_READ | PROT_WRITE);
   }
   ~Launched() {
@@ -170,31 +167,17 @@ void shuffle_threads(std::uint64_t seed) {
 
 void fail_here(const std::string& what) { fail(machine->where(), ": ", what); }
 
-void observe_launches(void (*observe)(const Launch&)) { observer = observe; }
+void observe_launches(bool (*observe)(const Launch&)) { observer = observe; }
 
 void run_launch(const Launch& call) {
   if (const auto observe = observer.load()) {
     check_launch(call);
-    return observe(call);
+    if (!observe(call)) return;
   }
   read_environment();
   if (!machine) make_machine();
-  const Launched launched(call);
+  const Launched launched;
   machine->run(call, shuffle_seed);
-}
-
-void record_launches() {
-  Inspected& all = inspected();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.recording = true;
-  all.launches.clear();
-}
-
-std::vector<std::string> recorded_launches() {
-  Inspected& all = inspected();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.recording = false;
-  return std::move(all.launches);
 }
 
 void* device_memory(std::size_t bytes) {

@@ -94,8 +94,8 @@ struct Launch {
 void run_launch(const Launch& call);
 
 std::size_t shared_memory_of_a_block();  // bytes, at most
-// Hands launches to `observe` instead of running them, in all OS threads; null: runs them again.
-void observe_launches(void (*observe)(const Launch&));
+// Asks `observe` about every launch, in all OS threads, whether to run it; null: runs them all.
+void observe_launches(bool (*observe)(const Launch&));
 
 template <class Params>
 void launch_named(const char* text, void (*kernel)(Params), dim3 grid, unsigned block,
