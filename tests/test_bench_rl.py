@@ -1,4 +1,4 @@
-"""The benchmark of reinforcement learning takes the same step as its peer."""
+"""The benchmark of reinforcement learning computes the same as its peer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("gymnasium")
 from bench import report, rl, rl_envs, rl_report  # noqa: E402
 
 
-def test_the_peer_takes_the_same_step(tmp_path):
+def test_the_peer_computes_the_same(tmp_path):
     out = tmp_path / "rl.json"
     rl.main(
         [
@@ -19,8 +19,7 @@ def test_the_peer_takes_the_same_step(tmp_path):
         ]
     )
     result = json.loads(out.read_text())
-    # float32 products, ten iterations of an ill-conditioned system
-    assert result["updates"]["difference"] < 0.1
+    assert 0 < result["updates"]["difference"] < 1e-4  # float32
     assert result["updates"]["ratio"] > 0
     row = result["iterations"]["fastmaml"]
     assert row["steps"] == 2 * 3 * 4 * 25 or row["steps"] < 600

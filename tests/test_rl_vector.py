@@ -252,6 +252,7 @@ def test_other_environments_become_rows(workers):
 
 INTERRUPTED = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
 import numpy as np
 from fastmaml.rl.envs import Navigation2D
 from fastmaml.rl.vector import make_rows

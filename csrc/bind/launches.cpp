@@ -3,8 +3,9 @@
 //
 // Between `begin_recording` and `end_recording` the emulated CUDA backend is a table whose entries
 // note what they were asked for and pass it on; the launches that follow are noted too, and not run
-// unless asked to. So results are whatever memory held. That works because the driver and the launchers look into a GPU's
-// memory no more than they may (`host_memory` is false): what is launched hangs on shapes alone.
+// unless asked to. So results are whatever memory held. That works because the driver and the
+// launchers look into a GPU's memory no more than they may (`host_memory` is false): what is
+// launched hangs on shapes alone.
 //
 // An operation is (what, pass, facts); facts are numbers, and the names of the pointers that were
 // given. bench/launches.py turns them into bytes and operations. One recording at a time, from one

@@ -72,8 +72,7 @@ class RLExperiment(abc.ABC):
     inner_steps: int = 1
     """inner steps in training"""
     inner_loss: Literal["reinforce", "likelihood_ratio", "dice"] = "reinforce"
-    """loss of the inner loop; the ratio also credits what is sampled before it, step
-    by step, and dice without that bias, by whole trajectories"""
+    """loss of the inner loop; ratio and dice also credit what was sampled before"""
     test_rates: tuple[float, ...] = (0.1, 0.05, 0.05)
     """learning rates of the inner steps in validation and test"""
     test_episodes: int | None = None
