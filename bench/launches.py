@@ -29,7 +29,8 @@ BACKEND = "cuda_emulated"
 FLOAT = 4  # bytes
 SCALAR, SPLIT_TF32 = "fp32", "3xtf32"  # units that multiply
 LEAST = 4  # of columns and depth: narrower products are not for tensor cores
-RESIDENT = "resident"  # in the names of kernels that do whole tasks
+RESIDENT = "resident_task_kernel"  # does whole tasks, and another means over them
+MEAN = "resident_mean_kernel"
 
 Facts = dict[str, int]
 Operation = tuple[str, str, Facts]  # what, pass, facts
@@ -181,12 +182,16 @@ def counted(
     launches = []
     groups: dict[int, list[Recorded]] = {}
     for one in recorded:
-        resident = RESIDENT in one[1]
+        resident = _name(one[1]) in (RESIDENT, MEAN)
         groups.setdefault(-2 if resident else one[0], []).append(one)
     for index, kernels in groups.items():
         if index < 0:
             label = "whole tasks"
-            parts = _spread([Share("", whole.bytes // FLOAT, whole.flops)], kernels)
+            nothing, all_of_it = (
+                Share("", 0),
+                Share("", whole.bytes // FLOAT, whole.flops),
+            )
+            parts = [all_of_it if _name(k[1]) == RESIDENT else nothing for k in kernels]
         else:
             label = " ".join(operations[index][:2])
             parts = _spread(shares(operations[index]), kernels)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ROOT
-from bench.launches import RESIDENT, Launch
+from bench.launches import Launch
 
 RESULTS = ROOT / "bench" / "results"
 ARCH = "sm_90"
@@ -42,6 +42,7 @@ MOST = 255  # registers of a thread whose kernel is not among the compiled
 FORMS = {f: f"bilinear_{f}.cu" for f in ("outputs", "inputs", "weights")}
 
 SMALL = ("sinusoid-1", "sinusoid-5")  # tasks fit a block's shared memory
+RESIDENT = "resident"  # the row of whole tasks in a block
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,12 @@ def grouped(launches: Sequence[Launch]) -> list[dict[str, Any]]:
 
 
 def resident_phases(layers: int, steps: int) -> int:
-    """Steps between barriers of a whole task.
+    """Barriers of a whole task: csrc/cuda/task_resident.cu.
 
-    They are forward, loss and backward of K support passes and a query pass, and the
-    tangents of those of K passes.
+    One is behind the load; then each layer has two in each of K support passes, of the
+    query pass, and of K tangent passes.
     """
-    each = 2 * layers + 1
-    return (2 * steps + 1) * each
+    return 1 + (2 * steps + 1) * 2 * layers
 
 
 def workload_row(
@@ -193,45 +193,29 @@ def workload_row(
 
 
 def with_resident(
-    row: Mapping[str, Any], whole: Mapping[str, Any], on: Machine
+    whole: Mapping[str, Any], kernels: Sequence[Mapping[str, Any]], on: Machine
 ) -> dict[str, Any]:
-    """The same workload if one launch, a block a task, did the whole meta-gradient.
+    """The same workload by the kernel that does a task in a block.
 
     Args:
-        row: of ``workload_row``.
-        whole: tasks, phases, and the least flops and bytes of the meta-gradient.
+        whole: its launches as groups, and the phases between its barriers.
+        kernels: what nvcc told of all.
         on: the machine.
     """
-    launch = Launch(
-        "task_resident_kernel",
-        "",
-        RESIDENT,
-        blocks=whole["tasks"],
-        block=256,
-        shared=SHARED - RESERVED,
-        bytes=whole["bytes"],
-        flops=whole["flops"],
-    )
-    took = seconds(launch, 128, on) + whole["phases"] * on.phase
-    return {
-        "launches": 1,
-        "bytes": launch.bytes,
-        "flops": launch.flops,
-        "gradient_ms": 1e3 * took,
-        "step_ms": 1e3 * took + row["step_ms"] - row["gradient_ms"],
-    }
+    row = workload_row(whole["groups"], kernels, on)
+    waits = 1e3 * whole["phases"] * on.phase
+    return row | {k: row[k] + waits for k in ("gradient_ms", "step_ms")}
 
 
 def collect(names: Sequence[str]) -> dict[str, Any]:
     """Records the workloads; the result lacks what ``predicted`` adds."""
-    from bench import cost, facts, launches
+    from bench import facts, launches
     from bench.workloads import WORKLOADS
     from fastmaml.compile import compile_module
 
     found = {}
     for name in names:
         workload = WORKLOADS[name]
-        spent = cost.cost(workload)
         groups = grouped(launches.record(workload, memory="keep"))
         found[name] = {"title": workload.title, "work": workload.work, "groups": groups}
         if name in SMALL:
@@ -240,10 +224,8 @@ def collect(names: Sequence[str]) -> dict[str, Any]:
             # a ReLU between two Linear layers is part of the first
             layers = sum(s.kind == "linear" for s in report.program.layers)
             found[name]["whole"] = {
-                "tasks": workload.tasks,
+                "groups": grouped(launches.record(workload)),
                 "phases": resident_phases(layers, workload.steps),
-                "flops": spent.flops,
-                "bytes": spent.bytes,
             }
     where = facts.collect()
     return {
@@ -265,7 +247,7 @@ def predicted(
         row = workload_row(workload["groups"], kernels, on)
         rows[name] = {"general": row}
         if "whole" in workload:
-            rows[name][RESIDENT] = with_resident(row, workload["whole"], on)
+            rows[name][RESIDENT] = with_resident(workload["whole"], kernels, on)
         by_kernel[name] = kernel_rows(workload["groups"], kernels, on)
     return {
         **result,

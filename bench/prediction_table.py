@@ -89,7 +89,7 @@ def page(result: Mapping[str, Any]) -> str:
     for name, kinds in result["rows"].items():
         rows.append(row_cells(name, kinds["general"], target(name)))
         if "resident" in kinds:
-            label = f"{name}, one launch"
+            label = f"{name}, a block a task"
             rows.append(row_cells(label, kinds["resident"], target(name)))
     lines = [
         "# Predicted times on an H100",
@@ -112,8 +112,8 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         "Memory's and arithmetic's milliseconds add up over launches whichever is "
         "larger, so the meta-gradient's are between their sum and their maximum, with "
-        "launching. `one launch`: if a block did a whole task in shared memory, "
-        f"{1e6 * on['phase']:g} µs a step between barriers; float32 throughout.",
+        "launching. `a block a task`: `csrc/cuda/task_resident.cu`, the engine's choice, "
+        f"{1e6 * on['phase']:g} µs between barriers, FP32 throughout.",
         "",
         *_table(_HEAD, rows),
     ]

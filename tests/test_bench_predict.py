@@ -149,11 +149,18 @@ def test_launches_that_are_not_understood_are_refused():
 
 def test_a_kernel_that_does_whole_tasks_does_it_all():
     whole = cost.cost(WORKLOADS["sinusoid-1"])
-    kernel = (0, "task_resident_kernel<S>(P)", (25, 1, 1), 256, 1024)
-    before = ("vector", "gather", {"elements": 7})
-    (launch,) = launches.counted([before], [kernel], whole)
-    assert (launch.flops, launch.bytes) == (whole.flops, whole.bytes // 4 * 4)
-    assert (launch.kernel, launch.blocks) == ("task_resident_kernel", 25)
+    task = (-1, "resident_task_kernel<S, Loss>(P)", (25, 1, 1), 256, 1024)
+    mean = (-1, "resident_mean_kernel<S>(P)", (13, 6, 1), 128, 0)
+    one, other = launches.counted([], [task, mean], whole)
+    assert (one.flops, one.bytes) == (whole.flops, whole.bytes // 4 * 4)
+    assert (one.kernel, one.blocks) == ("resident_task_kernel", 25)
+    assert (other.flops, other.bytes, other.blocks) == (0, 0, 78)
+
+
+@records
+def test_small_networks_are_done_by_it():
+    names = [x.kernel for x in launches.record(WORKLOADS["sinusoid-1"])]
+    assert names == ["resident_task_kernel", "resident_mean_kernel", "adam_kernel"]
 
 
 @records
