@@ -112,7 +112,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         "Memory's and arithmetic's milliseconds add up over launches whichever is "
         "larger, so the meta-gradient's are between their sum and their maximum, with "
-        "launching. `a block a task`: `csrc/cuda/task_resident.cu`, which is preferred, "
+        "launching. `a block a task`: by `csrc/cuda/task_resident.cu`, if possible, "
         f"{1e6 * on['phase']:g} µs between barriers, FP32 throughout.",
         "",
         *_table(_HEAD, rows),
