@@ -107,7 +107,7 @@ def test_last_step_without_weight(driver, problem, weights):
 @pytest.mark.parametrize(
     "adapted",
     [{"4.weight", "4.bias"}, {"0.weight", "0.bias"}, {"2.weight"}, set()],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)) or "none",
 )
 def test_subsets_of_tensors_adapt(driver, adapted):
     c = case(SINUSOID, 3)
