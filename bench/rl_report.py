@@ -21,7 +21,7 @@ def rl_section(result: dict[str, Any], source: str) -> str:
         f"episodes × {result['horizon']} steps, before and after one inner step; "
         "seconds, medians. `a tenth`: Fisher products of every tenth sample. The "
         "peer's iteration is its update beside fastmaml's sampling and processing. "
-        f"{result['machine']['cpu']}, {result['machine']['threads']} threads; "
+        f"{result['machine']['cpu']}, {result['machine']['cores']} cores; "
         f"{result['date'][:10]}, commit {result['commit']}; all figures in "
         f"[{source}]({source}), written by `{result['command']}`."
     )

@@ -63,7 +63,7 @@ def _result() -> dict:
         "date": "2001-02-03T00:00:00+00:00",
         "commit": "0123456789ab",
         "command": "python -m bench.rl",
-        "machine": {"cpu": "Some CPU", "threads": 2},
+        "machine": {"cpu": "Some CPU", "cores": 2},
         "experiment": "cheetah-dir",
         "tasks": 40,
         "episodes": 20,
