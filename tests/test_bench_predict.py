@@ -237,4 +237,4 @@ def test_the_page_calls_itself_a_prediction():
     page = prediction_table.page(result)
     assert "No kernel has run on a GPU" in page
     assert set(result["rows"]) == set(WORKLOADS)
-    assert "| sinusoid-1, one launch |" in page and "0.015 with Adam |" in page
+    assert "| sinusoid-1, a block a task |" in page and "0.015 with Adam |" in page
