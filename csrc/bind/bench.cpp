@@ -24,6 +24,17 @@
 namespace py = pybind11;
 
 namespace fm {
+
+const char* kind_name(LayerKind kind) {
+  static const char* const names[] = {
+      "bilinear",        "batch_norm", "batch_norm_pool", "layer_norm", "relu",
+      "leaky_relu",      "tanh",       "sigmoid",         "silu",       "gelu",
+      "gelu_tanh",       "elu",        "softplus",        "max_pool",   "average_pool",
+      "append_parameter"};
+  static_assert(sizeof(names) / sizeof(*names) == size_t(LayerKind::count), "a name a kind");
+  return names[int(kind)];
+}
+
 namespace {
 
 using S = float;
@@ -65,16 +76,6 @@ index_t multiply_adds(const LayerDesc& d) {
     macs += taps * index_t(group.rows.size()) * d.out.channels;
   }
   return macs;
-}
-
-const char* kind_name(LayerKind kind) {
-  static const char* const names[] = {
-      "bilinear",        "batch_norm", "batch_norm_pool", "layer_norm", "relu",
-      "leaky_relu",      "tanh",       "sigmoid",         "silu",       "gelu",
-      "gelu_tanh",       "elu",        "softplus",        "max_pool",   "average_pool",
-      "append_parameter"};
-  static_assert(sizeof(names) / sizeof(*names) == size_t(LayerKind::count), "a name a kind");
-  return names[int(kind)];
 }
 
 class LayerBench {

@@ -14,6 +14,7 @@
 
 #include <utility>
 
+#include "bind/bench.h"
 #include "bind/module.h"
 #include "cuda/backend_cuda.h"
 
@@ -54,16 +55,6 @@ bool observe(const cuda_emulated::Launch& call) {
 
 void note(const char* what, const char* pass, std::vector<std::pair<const char*, index_t>> facts) {
   recording_now.operations.push_back({what, pass, std::move(facts)});
-}
-
-const char* kind_name(LayerKind kind) {
-  static const char* const names[] = {
-      "bilinear",        "batch_norm", "batch_norm_pool", "layer_norm", "relu",
-      "leaky_relu",      "tanh",       "sigmoid",         "silu",       "gelu",
-      "gelu_tanh",       "elu",        "softplus",        "max_pool",   "average_pool",
-      "append_parameter"};
-  static_assert(sizeof(names) / sizeof(*names) == size_t(LayerKind::count), "a name a kind");
-  return names[int(kind)];
 }
 
 template <class S>
