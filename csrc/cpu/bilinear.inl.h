@@ -6,7 +6,8 @@
 //
 // x [N, in], y [N, out] channels last; w [kernel pixels * in channels, out channels]. A tangent is
 // the same product with two operand pairs. dx reads the weights transposed within each kernel
-// pixel; the transposes live in scratch.
+// pixel; the transposes live in scratch. Convolutions are direct, product.inl.h, or by Winograd's
+// filtering, winograd.inl.h.
 
 namespace FM_KERNELS {
 
@@ -176,6 +177,13 @@ inline void bilinear_outputs(const LayerArgs<S>& a, const Operands& operands, co
   const LayerDesc& d = *a.desc;
   if (has_single_output(d)) return single_output_forward(a, operands, bias, out);
   if (!d.dense()) {
+    const WinogradSizes size(d, a.samples);
+    if (size.outputs) {
+      const index_t* padding = d.window.padding;
+      return winograd_product(
+          {operands, d.in, d.out, a.samples, {padding[0], padding[1]}, false, bias, out}, size,
+          exec);
+    }
     return gather_product({&d.geometry->forward, operands, a.samples, d.out.channels, bias, out},
                           exec);
   }
@@ -204,6 +212,13 @@ inline void bilinear_input_adjoint(const LayerArgs<S>& a, const Operands& operan
                                    const Exec& exec) {
   const LayerDesc& d = *a.desc;
   if (!d.dense()) {
+    const WinogradSizes size(d, a.samples);
+    if (size.inputs) {
+      const index_t* padding = d.window.padding;
+      return winograd_product(
+          {operands, d.out, d.in, a.samples, {2 - padding[0], 2 - padding[1]}, true, nullptr, dx},
+          size, exec);
+    }
     return gather_product({&d.geometry->backward, operands, a.samples, d.in.channels, nullptr, dx},
                           exec);
   }
@@ -244,6 +259,8 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
   if (has_single_output(d)) return single_output_gradient(a, operands, dw);
   if (d.dense() && out < kLanes && in > out) return narrow_gradient(a, operands, dw, exec);
   if (!d.dense()) {
+    const WinogradSizes size(d, a.samples);
+    if (size.outputs) return winograd_gradient(d, operands, a.samples, size, dw, exec);
     const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * in;
     return weight_gradient({&d.geometry->forward, operands, a.samples, inputs, out, dw}, in, exec);
   }

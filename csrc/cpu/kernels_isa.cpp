@@ -26,6 +26,7 @@
 #include "program/backend.h"
 #include "program/loss.h"
 #include "program/plan.h"
+#include "program/winograd.h"
 
 #define FM_JOIN_(isa, dtype) isa##_##dtype
 #define FM_JOIN(isa, dtype) FM_JOIN_(isa, dtype)
@@ -36,6 +37,8 @@
 #include "cpu/simd.inl.h"
 #include "cpu/product.inl.h"
 #include "cpu/dense.inl.h"
+#include "cpu/winograd.inl.h"
+#include "cpu/winograd_gradient.inl.h"
 #include "cpu/bilinear.inl.h"
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"

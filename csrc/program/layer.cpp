@@ -1,6 +1,8 @@
 // What a layer keeps from pass to pass, and the scratch memory of a pass: both per task.
 #include "program/layer.h"
 
+#include "program/winograd.h"
+
 namespace fm {
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
@@ -43,12 +45,13 @@ StripSizes::StripSizes(const LayerDesc& d) {
 }
 
 // Scratch: the transposed weights and their tangents, or the parts of a weight gradient, or what
-// strips take; two rows of batch norm's coefficients, and two rows of sums a part, in double, which
-// may take two elements each.
+// strips or Winograd's filtering take; two rows of batch norm's coefficients, and two rows of sums
+// a part, in double, which may take two elements each.
 index_t scratch_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::bilinear) {
     const index_t strips = d.strip_rows > 0 ? StripSizes(d).total() : 0;
-    return max_of(strips, max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count);
+    const index_t direct = max_of<index_t>(2, gradient_parts(d, samples)) * d.param_count;
+    return max_of(max_of(strips, WinogradSizes(d, samples).total()), direct);
   }
   if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
     return norm_scratch(d.in.channels);
