@@ -37,6 +37,7 @@
 #include "cpu/simd.inl.h"
 #include "cpu/product.inl.h"
 #include "cpu/dense.inl.h"
+#include "cpu/winograd_product.inl.h"
 #include "cpu/winograd.inl.h"
 #include "cpu/winograd_gradient.inl.h"
 #include "cpu/bilinear.inl.h"

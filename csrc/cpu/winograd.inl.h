@@ -222,16 +222,15 @@ struct WinogradProduct {
 inline void multiply_tiles(const TileBlock* d, int pairs, const S* u, index_t panel, const S* bias,
                            index_t tiles, const TileBlock& m) {
   const index_t inputs = d->channels, outputs = m.channels;
-  const DenseBlocks blocks(outputs);
   for (index_t position = 0; position < kPositions; ++position) {
     Operands operands;
     for (int pair = 0; pair < pairs; ++pair) {
       operands.add(d[pair].data + position * d[pair].position,
                    u + pair * panel + position * inputs * outputs);
     }
-    DenseProduct p{tiles, outputs, inputs, operands, inputs, 1, m.data + position * m.position, {}};
-    p.epilogue.start = position == 5 ? bias : nullptr;
-    for (index_t b = 0; b < blocks.count; ++b) dense_block<false>(p, blocks, b, 0, tiles);
+    position_product<false>({tiles, outputs, inputs, operands, inputs,
+                             position == 5 ? bias : nullptr, false,
+                             m.data + position * m.position});
   }
 }
 

@@ -93,14 +93,11 @@ inline void finish_gradient(const S* sums, index_t parts, index_t panel, index_t
 // dU, plus what it is already unless `fresh`, of `tiles` tiles.
 inline void sum_tiles(const TileBlock& d, const TileBlock& e, index_t tiles, bool fresh, S* du) {
   const index_t inputs = d.channels, outputs = e.channels;
-  const DenseBlocks blocks(outputs);
   for (index_t position = 0; position < kPositions; ++position) {
     Operands operands;
     operands.add(d.data + position * d.position, e.data + position * e.position);
-    S* to = du + position * inputs * outputs;
-    DenseProduct p{inputs, outputs, tiles, operands, 1, inputs, to, {}};
-    p.epilogue.base = fresh ? nullptr : to;
-    for (index_t b = 0; b < blocks.count; ++b) dense_block<true>(p, blocks, b, 0, inputs);
+    position_product<true>({inputs, outputs, tiles, operands, inputs, nullptr, !fresh,
+                            du + position * inputs * outputs});
   }
 }
 
