@@ -64,6 +64,20 @@ _CONVOLUTIONS = [
 ]
 
 
+# By Winograd's filtering: odd sizes leave half tiles at the far edges, channels lie
+# around vector widths and tiles of a product; without padding dx stays direct.
+_WINOGRAD = [
+    (16, 16, (3, 3), (1, 1), (1, 1), 6, 6, True),
+    (16, 33, (3, 3), (1, 1), (0, 0), 8, 7, False),
+    (17, 16, (3, 3), (1, 1), (1, 1), 9, 11, True),
+    (32, 20, (3, 3), (1, 1), (1, 0), 9, 8, True),
+    (48, 32, (3, 3), (1, 1), (0, 1), 7, 7, True),
+    (64, 65, (3, 3), (1, 1), (1, 1), 6, 5, True),
+    (32, 64, (3, 3), (1, 1), (2, 2), 8, 9, False),
+    (33, 48, (3, 3), (1, 1), (0, 0), 6, 6, True),
+]
+
+
 def _conv_size(row: tuple) -> int:
     _, out, kernel, stride, padding, height, width, _ = row
     h = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
@@ -84,7 +98,7 @@ def _conv(row: tuple, first: bool) -> Builder:
     return build
 
 
-def _conv_problem(row: tuple, first: bool) -> Problem:
+def _conv_problem(row: tuple, first: bool, samples: int = 3) -> Problem:
     before, out, kernel, stride, padding, height, width, bias = row
     name = (
         f"conv{'-first' if first else ''}-{before}to{out}-k{kernel[0]}x{kernel[1]}"
@@ -92,12 +106,16 @@ def _conv_problem(row: tuple, first: bool) -> Problem:
         f"{'' if bias else '-no-bias'}"
     )
     shape = (before if first else 2, height, width)
-    return Problem(name, _conv(row, first), shape, 2, samples=3)
+    name += "" if samples == 3 else f"-n{samples}"
+    return Problem(name, _conv(row, first), shape, 2, samples=samples)
 
 
 CONVOLUTION = [
     *(_conv_problem(row, first=False) for row in _CONVOLUTIONS),
     *(_conv_problem(row, first=True) for row in _CONVOLUTIONS[:9]),
+    *(_conv_problem(row, first=False) for row in _WINOGRAD),
+    _conv_problem(_WINOGRAD[2], first=False, samples=1),
+    _conv_problem(_WINOGRAD[0], first=True),
 ]
 
 # -- normalisation ---------------------------------------------------------------------

@@ -55,7 +55,30 @@ def _wide() -> nn.Module:
 
 
 WIDE = Problem("wide", _wide, (3, 12, 12), 5, loss="cross_entropy", samples=9)
-CASES = [WIDE, "omniglot-conv", "policy", "layer-norm-space", "linear-many-samples"]
+
+
+def _large() -> nn.Module:
+    """A convolution whose weight gradient is summed in parts, added in order."""
+    return nn.Sequential(
+        nn.Conv2d(2, 17, 1),
+        nn.Tanh(),
+        nn.Conv2d(17, 16, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(31),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+
+
+LARGE = Problem("large", _large, (2, 31, 31), 5, loss="cross_entropy", samples=5)
+CASES = [
+    WIDE,
+    LARGE,
+    "omniglot-conv",
+    "policy",
+    "layer-norm-space",
+    "linear-many-samples",
+]
 every_case = pytest.mark.parametrize("problem", CASES, ids=str)
 
 

@@ -34,6 +34,8 @@ NAMES = [
     "policy",
     "conv-17to33-k3x3-s2x1-p1x2",
     "conv-first-3to5-k3x3-s1x1-p1x1",
+    "conv-64to65-k3x3-s1x1-p1x1",
+    "conv-16to33-k3x3-s1x1-p0x0-no-bias",
     "batch-norm-space",
     "layer-norm-space",
     "max-pool-3-s2-p1-overlap",
