@@ -212,9 +212,9 @@ void dense_tile(const DenseProduct& p, const DenseTile& at) {
     if constexpr (T != no_tail) {
       using Vector = typename Rest::Vector;
       const Vector v = Rest::part(last[m / Rest::kRows], m % Rest::kRows);
-      rest.put(p.c + offset + tail_at, finish<Vector, typename Rest::Mask>(
-                                           e, v, mask ? rest.get(mask + tail_at) : Vector{},
-                                           base ? rest.get(base + tail_at) : Vector{}));
+      rest.put(p.c + offset + tail_at,
+               finish<Vector, typename Rest::Mask>(e, v, mask ? rest.get(mask + tail_at) : Vector{},
+                                                   base ? rest.get(base + tail_at) : Vector{}));
     }
   }
 }
