@@ -40,6 +40,19 @@ LINEAR = [
         Problem(f"linear-{a}to{b}-no-bias", _mlp(a, b, 3, bias=False), (a,), 3)
         for a, b in ((65, 1), (17, 16), (8, 33), (9, 7))
     ),
+    # what is left of a row behind whole vectors, in tiles of any number of rows
+    *(
+        Problem(f"linear-{a}to{b}-n{n}", _mlp(a, b, 6), (a,), 6, samples=n)
+        for a, b, n in (
+            (4, 20, 1),
+            (20, 36, 5),
+            (36, 100, 9),
+            (100, 4, 8),
+            (18, 34, 6),
+            (10, 19, 4),
+            (35, 6, 2),
+        )
+    ),
     Problem("linear-five-deep", _mlp(3, 9, 8, 7, 5, 2), (3,), 2, samples=7),
     Problem("linear-many-samples", _mlp(3, 9, 1), (3,), 1, samples=37),
 ]

@@ -343,3 +343,21 @@ def test_engines_of_one_model_share_nothing():
     everything(second, c)
     everything(first, c)
     assert_same_bits(results, kept)
+
+
+@pytest.mark.parametrize("sizes", [(3, 20, 6), (20, 36, 100, 3), (5, 34, 18)], ids=str)
+@both_dtypes
+def test_a_sample_is_as_alone_beside_any_others(sizes, dtype):
+    """Whichever tile its row falls to and whichever rows share a register with it."""
+
+    def build() -> nn.Module:
+        pairs = zip(sizes, sizes[1:], strict=False)
+        return nn.Sequential(*(nn.Linear(a, b) for a, b in pairs))
+
+    c = case(Problem(f"rows-{sizes}", build, sizes[:1], sizes[-1], samples=23))
+    engine, params = native(c), cast(c.own, dtype)
+    x = c.tasks.support_x.to(dtype)
+    alone = [engine.forward(params, x[:, [i]]).clone() for i in range(x.shape[1])]
+    for count in (2, 3, 4, 5, 7, 8, 9, 13, 23):
+        together = engine.forward(params, x[:, -count:].contiguous())
+        assert torch.equal(together, torch.cat(alone[-count:], dim=1)), count
