@@ -208,6 +208,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("tape_bytes", &CallPlan::tape_bytes)
       .def_readonly("kept", &CallPlan::kept)
       .def_readonly("resident", &CallPlan::resident)
+      .def_readonly("factored", &CallPlan::factored)
       .def_readonly("loss", &CallPlan::loss);
   define_calls<float>(m, "float32");
   define_calls<double>(m, "float64");

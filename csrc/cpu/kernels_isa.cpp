@@ -41,6 +41,7 @@
 #include "cpu/winograd.inl.h"
 #include "cpu/winograd_gradient.inl.h"
 #include "cpu/bilinear.inl.h"
+#include "cpu/factored.inl.h"
 #include "cpu/elementwise.inl.h"
 #include "cpu/batch_norm.inl.h"
 #include "cpu/batch_norm_pool.inl.h"
@@ -64,10 +65,13 @@ template <void (*Pass)(const LayerArgs<S>&, const Exec&)>
 void each_task(const LayerArgs<S>& args, const Exec& exec) {
   for (index_t t = 0; t < args.tasks; ++t) {
     LayerArgs<S> one = task_args(args, t), above;
+    Factors<S> w, tw;
     if (one.above) {
       above = task_args(*args.above, t);
       one.above = &above;
     }
+    if (one.w_factors) one.w_factors = &(w = task_factors(*args.w_factors, t));
+    if (one.tw_factors) one.tw_factors = &(tw = task_factors(*args.tw_factors, t));
     Pass(one, exec);
   }
 }
@@ -137,6 +141,9 @@ constexpr Backend<S> table() {
        add_rows, gather, scatter, to_channels_last, spread_rates, collect_rates},
       {adam, sgd},
       {resident_plan, resident_share, resident_task, nullptr},
+      {ops<factored_forward, factored_backward, factored_tangent_forward,
+           factored_tangent_backward>(),
+       transpose_matrix, add_products},
       false,
       true,
       false,

@@ -48,6 +48,14 @@ FM_INLINE LayerArgs<S> task_args(const LayerArgs<S>& args, index_t t) {
 }
 
 template <class S>
+FM_INLINE Factors<S> task_factors(const Factors<S>& factors, index_t t) {
+  Factors<S> one = factors;
+  one.a = advance(factors.a, t * factors.a_stride);
+  one.b = advance(factors.b, t * factors.b_stride);
+  return one;
+}
+
+template <class S>
 FM_INLINE LossArgs<S> task_args(const LossArgs<S>& args, index_t t, index_t target_bytes) {
   if (args.tasks == 1) return args;
   const index_t out = t * args.samples * args.outputs;

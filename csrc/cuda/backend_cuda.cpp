@@ -59,6 +59,7 @@ Backend<S> table() {
       vector_ops<S>(),
       optimizer_ops<S>(),
       resident_ops<S>(),
+      {},
       true,
       kHostMemory,
       true,

@@ -46,10 +46,12 @@ class Mover {
   Move<S> moves_[kMovesAtOnce];
 };
 
-// theta [P] of `count` tasks from the first one on (or once for all tasks: first = 0, count = 1)
+// theta [P] of `count` tasks from the first one on (or once for all tasks: first = 0, count = 1),
+// its parameters where `places` says, or else the program.
 template <class S>
 void load_parameters(const Call<S>& call, const TensorList<const S>& list, index_t first,
-                     index_t count, Rows<S> theta, const Exec& exec) {
+                     index_t count, Rows<S> theta, const Exec& exec,
+                     const Places* places = nullptr) {
   const Tables<S> tables(call);
   Mover<S> mover(call.backend->vector.gather, count, exec);
   for (size_t i = 0; i < list.tensors.size(); ++i) {
@@ -58,14 +60,15 @@ void load_parameters(const Call<S>& call, const TensorList<const S>& list, index
     mover.add({p.count,
                tables.index(p),
                {list.tensors[i] + first * stride, stride},
-               {theta.data + p.offset, theta.stride}});
+               {theta.data + (places ? places->parameter[i] : p.offset), theta.stride}});
   }
   mover.finish();
 }
 
 template <class S>
 void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList<S>& list,
-                      index_t first, index_t count, const Exec& exec) {
+                      index_t first, index_t count, const Exec& exec,
+                      const Places* places = nullptr) {
   const Tables<S> tables(call);
   Mover<S> mover(call.backend->vector.scatter, count, exec);
   for (size_t i = 0; i < list.tensors.size(); ++i) {
@@ -73,7 +76,7 @@ void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList
     const index_t stride = list.per_task ? p.count : 0;
     mover.add({p.count,
                tables.index(p),
-               {theta.data + p.offset, theta.stride},
+               {theta.data + (places ? places->parameter[i] : p.offset), theta.stride},
                {list.tensors[i] + first * stride, stride}});
   }
   mover.finish();

@@ -20,6 +20,9 @@ namespace {
 // Elements a thread adds up at a time in a mean over tasks.
 constexpr index_t kMeanGrain = 16384;
 
+// Rows of a factored layer's weights likewise: a few tiles of a product.
+constexpr index_t kSumGrain = 48;
+
 template <class S>
 class MetaGradient {
  public:
@@ -28,7 +31,7 @@ class MetaGradient {
         plan_(plan),
         program_(*call.program),
         backend_(*call.backend),
-        network_(program_, backend_),
+        network_(program_, backend_, &plan.factored.places),
         shared_(workspace),
         slots_(workspace + plan.shared),
         rates_(call, call.rates, workspace + plan.rates),
@@ -39,11 +42,14 @@ class MetaGradient {
     if (plan_.resident.taken && backend_.lockstep) return run_resident_together();
     rates_.load();
     if (!call_.params.per_task) {
-      load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec);
+      load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec,
+                      &plan_.factored.places);
     }
     if (plan_.resident.taken) return run_resident();
+    transpose_factored();
     for (index_t first = 0; first < call_.tasks; first += plan_.wave) wave(first);
-    store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec);
+    store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
+                        &plan_.factored.places);
     if (call_.rate_gradient) {
       const index_t R = RateTable<S>::size(program_, call_.rates);
       for_columns(R, [&](index_t begin, index_t end) {
@@ -74,13 +80,35 @@ class MetaGradient {
     backend_.resident.all(resident_, batch, call_.exec);
   }
 
+  // W_0' of the layers that hand down an adjoint by it.
+  void transpose_factored() const {
+    for (const FactoredLayer& f : plan_.factored.layers) {
+      if (f.fixed_input) continue;
+      backend_.factored.transpose(f.in, f.out,
+                                  shared_ + plan_.theta0 + plan_.factored.places.weights[f.layer],
+                                  shared_ + plan_.transposed + f.transposed, call_.exec);
+    }
+  }
+
+  // The factors of `tasks` tasks whose rows begin at task `first` of a wave.
+  FactoredTasks<S> factors(index_t first, index_t tasks, S* updates) const {
+    return {call_,
+            plan_.factored,
+            shared_ + plan_.theta0,
+            shared_ + plan_.transposed,
+            updates,
+            shared_ + plan_.factor_rows + first * plan_.factored.row,
+            tasks};
+  }
+
   // Tasks from `first` on, and their lambdas into the mean.
   void wave(index_t first) {
     struct Wave {
       const MetaGradient* self;
       index_t first;
     } state{this, first};
-    const index_t count = min_of(plan_.wave, call_.tasks - first), P = program_.param_count();
+    const index_t count = min_of(plan_.wave, call_.tasks - first), P = plan_.row();
+    const bool last = first + count == call_.tasks;
     backend_.for_each_task(
         count, plan_.slots, call_.exec,
         [](void* state, index_t slot, index_t first, index_t count, const Exec& exec) {
@@ -94,12 +122,21 @@ class MetaGradient {
       if (plan_.wave == call_.tasks) {
         backend_.vector.mean_rows(count, P, begin, end, rows, mean, call_.exec);
       } else {
-        const bool last = first + count == call_.tasks;
         backend_.vector.add_rows(count, P, begin, end, rows, first == 0,
                                  reinterpret_cast<double*>(shared_ + plan_.sums), call_.tasks,
                                  last ? mean : nullptr, call_.exec);
       }
     });
+    const FactoredTasks<S> factors = this->factors(0, count, nullptr);
+    for (const FactoredLayer& f : plan_.factored.layers) {
+      FactorSum<S> sum = factors.sum(f);
+      sum.begins = first == 0;
+      if (last) sum.scale = S(1.0 / double(call_.tasks));
+      sum.sum = mean + plan_.factored.places.weights[f.layer];
+      for_ranges(f.in, kSumGrain, [&](index_t begin, index_t end) {
+        backend_.factored.add_products(sum, begin, end, call_.exec);
+      });
+    }
   }
 
   void run_resident() {
@@ -144,12 +181,17 @@ class MetaGradient {
     Batch<S> support, query;
     Exec exec;
     Metrics metrics;  // [T, K + 1]
+    FactoredTasks<S> factors;
     S* at(index_t offset) const { return base + tasks * offset; }
   };
 
+  // All of it but the weights of factored layers.
   Rows<const S> theta(const Work& w, index_t k) const {
     if (k == 0) return w.theta0;
-    return {w.at(plan_.thetas[k]), program_.param_count()};
+    return {w.at(plan_.thetas[k]), plan_.row()};
+  }
+  static Params<S> with(const Rows<const S>& rows, const std::vector<Factors<S>>& factors) {
+    return {rows.data, rows.stride, factors.empty() ? nullptr : factors.data()};
   }
   Rows<S> gradient(const Work& w, index_t k) const {
     return {w.at(plan_.gradients[k]), program_.param_count()};
@@ -160,6 +202,7 @@ class MetaGradient {
 
   Work begin(index_t slot, index_t first, index_t count, const Exec& exec) const {
     const index_t P = program_.param_count(), R = RateTable<S>::size(program_, call_.rates);
+    const index_t row = plan_.row();
     Work w;
     w.base = slots_ + slot * call_.together() * plan_.slot;
     w.tasks = count;
@@ -171,12 +214,13 @@ class MetaGradient {
       load_parameters(call_, call_.params, first, count, {own, P}, w.exec);
       w.theta0 = {own, P};
     }
-    w.lambda = {shared_ + plan_.lambdas + first % plan_.wave * P, P};
+    w.lambda = {shared_ + plan_.lambdas + first % plan_.wave * row, row};
+    w.factors = factors(first % plan_.wave, count, w.at(plan_.updates));
     w.rate_rows = {shared_ + plan_.rate_rows + first * R, R};
     w.support = load_samples(call_, call_.support, first, count, w.at(plan_.support_x), w.exec);
     w.query = load_samples(call_, call_.query, first, count, w.at(plan_.query_x), w.exec);
-    const index_t row = call_.steps + 1;
-    w.metrics = {call_.query_loss + first * row, call_.query_accuracy + first * row, row};
+    const index_t losses = call_.steps + 1, loss = first * losses;
+    w.metrics = {call_.query_loss + loss, call_.query_accuracy + loss, losses};
     return w;
   }
 
@@ -186,7 +230,7 @@ class MetaGradient {
     for (index_t k = 0; k < K; ++k) inner_step(w, k);
     const auto& vector = backend_.vector;
     if (call_.loss_weights[K] == 0) {
-      vector.fill(w.tasks, program_.param_count(), S(0), w.lambda, w.exec);
+      vector.fill(w.tasks, plan_.row(), S(0), w.lambda, w.exec);
     }
     if (call_.rate_gradient) {
       const index_t R = RateTable<S>::size(program_, call_.rates);
@@ -201,11 +245,14 @@ class MetaGradient {
 
   // theta_{k+1} = theta_k - a_k (.) g_s(theta_k)
   void inner_step(const Work& w, index_t k) const {
-    const Rows<S> next{w.at(plan_.thetas[k + 1]), program_.param_count()};
+    const Rows<S> next{w.at(plan_.thetas[k + 1]), plan_.row()};
     const StepRates<S> rates = rates_.at(k);
     if (rates.per_segment && !call_.rate_gradient) {
-      const Update<S> update{theta(w, k), S(-1), rates.per_segment};
-      network_.gradient(theta(w, k), w.support, tape(w, k), next, update, {}, w.exec);
+      const auto weights = w.factors.weights(k);
+      const auto stores = w.factors.inner_step(k);
+      const Update<S> update{theta(w, k), S(-1), rates.per_segment, 1, stores.data()};
+      network_.gradient(with(theta(w, k), weights), w.support, tape(w, k), next, update, {},
+                        w.exec);
       return;
     }
     const Rows<S> g = gradient(w, k);
@@ -220,8 +267,10 @@ class MetaGradient {
     if (weight == 0) return skip(w, metrics);
     const Tape<S> tape{&plan_.query, w.at(plan_.late), w.tasks};
     const S* base = k == call_.steps ? nullptr : w.lambda.data;
-    const Update<S> update{{base, w.lambda.stride}, S(weight), nullptr};
-    network_.gradient(theta(w, k), w.query, tape, w.lambda, update, metrics, w.exec);
+    const auto weights = w.factors.weights(k);
+    const auto stores = w.factors.query_gradient(k);
+    const Update<S> update{{base, w.lambda.stride}, S(weight), nullptr, 1, stores.data()};
+    network_.gradient(with(theta(w, k), weights), w.query, tape, w.lambda, update, metrics, w.exec);
   }
 
   void skip(const Work& w, const Metrics& metrics) const {
@@ -241,27 +290,51 @@ class MetaGradient {
                         w.exec);
     }
     if (call_.first_order) return;
+    const auto weights = w.factors.weights(k);
+    const Params<S> at = with(theta(w, k), weights);
     // a lone tape still holds the last inner step
     if (!plan_.kept && k + 1 < call_.steps) {
-      network_.gradient(theta(w, k), w.support, tape(w, k), {}, {}, {}, w.exec);
+      network_.gradient(at, w.support, tape(w, k), {}, {}, {}, w.exec);
     }
+    const auto direction = w.factors.lambda(k + 1, in_place_ ? nullptr : rates_.at(k).per_segment);
+    const auto stores = w.factors.chain_step(k);
     const Tangent<S> tangent{&plan_.tangent, w.at(plan_.late), w.tasks};
     if (in_place_) {
-      const Update<S> update{lambda, S(-1), rates_.number(k), 0};
-      network_.hessian_vector(theta(w, k), lambda, w.support, tape(w, k), tangent, w.lambda, update,
-                              w.exec, still_.data());
+      const Update<S> update{lambda, S(-1), rates_.number(k), 0, stores.data()};
+      network_.hessian_vector(at, with(lambda, direction), w.support, tape(w, k), tangent, w.lambda,
+                              update, w.exec, still_.data());
       return;
     }
-    const Rows<S> v{w.at(plan_.direction), program_.param_count()};
-    backend_.vector.scale_by_rates(rates_.at(k), w.tasks, lambda, v, w.exec);
-    network_.hessian_vector(theta(w, k), {v.data, v.stride}, w.support, tape(w, k), tangent,
-                            w.lambda, {lambda, S(-1), nullptr}, w.exec);
+    const Rows<S> v{w.at(plan_.direction), plan_.row()};
+    scale_by_rates(w, k, lambda, v);
+    const Update<S> update{lambda, S(-1), nullptr, 1, stores.data()};
+    network_.hessian_vector(at, with({v.data, v.stride}, direction), w.support, tape(w, k), tangent,
+                            w.lambda, update, w.exec);
+  }
+
+  // v = a_k (.) lambda, but for factored weights, which are scaled where they are read
+  void scale_by_rates(const Work& w, index_t k, Rows<const S> lambda, Rows<S> v) const {
+    const StepRates<S> rates = rates_.at(k);
+    if (plan_.factored.layers.empty()) {
+      return backend_.vector.scale_by_rates(rates, w.tasks, lambda, v, w.exec);
+    }
+    const Places& places = plan_.factored.places;
+    for (size_t i = 0; i < places.parameter.size(); ++i) {
+      const index_t at = places.parameter[i];
+      if (at >= plan_.row()) continue;
+      backend_.vector.update(w.tasks, program_.parameters()[i].count, {}, S(1),
+                             rates.per_segment + i, {lambda.data + at, lambda.stride},
+                             {v.data + at, v.stride}, w.exec);
+    }
   }
 
   // Calls body(begin, end) for ranges of n columns of rows of all tasks.
   template <class Body>
   void for_columns(index_t n, Body&& body) const {
-    const index_t grain = align_up(kMeanGrain / call_.tasks + 1, kAlignment);
+    for_ranges(n, align_up(kMeanGrain / call_.tasks + 1, kAlignment), body);
+  }
+  template <class Body>
+  void for_ranges(index_t n, index_t grain, Body&& body) const {
     backend_.for_each_range(
         n, grain,
         [](void* body, index_t begin, index_t end) {
@@ -297,6 +370,7 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
   result.kept = plan.kept;
   result.resident = plan.resident.taken;
+  result.factored = index_t(plan.factored.layers.size());
   return result;
 }
 

@@ -1,13 +1,15 @@
 // The plan of a meta-gradient: which way it goes, and where everything is.
 //
-// Four choices are made here, from sizes and settings alone. Small networks may be left to a
-// backend that does a whole task in one call. Activations of all inner steps are kept where they
-// fit, else those of the last step alone. A chain step goes in place where all layers that move
-// share one rate, else it takes a direction beside lambda. Tasks come in waves whose lambdas stay
-// in the last cache until they are added up: those of all tasks would have to come back from
-// memory.
+// Five choices are made here, from sizes and settings alone. Small networks may be left to a
+// backend that does a whole task in one call. Weights of large dense layers with few samples may
+// stay factored (factored.h), and are then in no row of theta or lambda. Activations of all inner
+// steps are kept where they fit, else those of the last step alone. A chain step goes in place
+// where all layers that move share one rate, else it takes a direction beside lambda. Tasks come in
+// waves whose lambdas stay in the last cache until they are added up: those of all tasks would have
+// to come back from memory.
 #pragma once
 
+#include "meta/factored.h"
 #include "meta/layout.h"
 #include "meta/resident.h"
 
@@ -28,6 +30,9 @@ struct MetaPlan {
   bool kept = false;
   ResidentSizes resident;
   index_t resident_theta = 0;
+  FactoredPlan factored;
+  index_t transposed = 0, factor_rows = 0, updates = 0;
+  index_t row() const { return factored.places.row; }  // of theta and lambda
 };
 
 // Per layer: none of its parameters is adapted.
@@ -56,7 +61,7 @@ constexpr index_t kWaveBytes = index_t(4) << 20;
 // the last.
 template <class S>
 index_t tasks_at_a_time(const MetaCall<S>& call, const MetaPlan& plan) {
-  const index_t row = call.program->param_count() * index_t(sizeof(S));
+  const index_t row = (plan.row() + plan.factored.row) * index_t(sizeof(S));
   if (!call.backend->vector.add_rows || call.backend->lockstep || plan.resident.slot > 0 ||
       call.tasks * row <= kWaveBytes) {
     return call.tasks;
@@ -72,8 +77,11 @@ void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   plan.theta0 = shared.take(call.params.per_task ? 0 : P);
   plan.rates = shared.take(R);
   plan.wave = tasks_at_a_time(call, plan);
-  plan.lambdas = shared.take(plan.wave * P);
-  plan.sums = shared.take(plan.wave < call.tasks ? P * index_t(sizeof(double) / sizeof(S)) : 0);
+  plan.lambdas = shared.take(plan.wave * plan.row());
+  plan.sums =
+      shared.take(plan.wave < call.tasks ? plan.row() * index_t(sizeof(double) / sizeof(S)) : 0);
+  plan.transposed = shared.take(plan.factored.transposed);
+  plan.factor_rows = shared.take(plan.wave * plan.factored.row);
   plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
   plan.mean = shared.take(max_of(P, R));
   plan.resident_theta = shared.take(plan.resident.shared);
@@ -87,14 +95,15 @@ index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
   Arena slot;
   plan.own_theta0 = slot.take(call.params.per_task ? P : 0);
   plan.thetas.assign(K + 1, 0);
-  for (index_t k = 1; k <= K; ++k) plan.thetas[k] = slot.take(P);
+  for (index_t k = 1; k <= K; ++k) plan.thetas[k] = slot.take(plan.row());
+  plan.updates = slot.take(plan.factored.updates);
   plan.gradient = slot.take(call.rates.layout == RateLayout::per_parameter ? P : 0);
   plan.gradients.assign(K, plan.gradient);
   if (call.rate_gradient) {
     for (index_t k = 0; k < K; ++k) plan.gradients[k] = slot.take(P);
     plan.rate_row = slot.take(RateTable<S>::width(program, call.rates));
   }
-  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : P);
+  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : plan.row());
   plan.support_x = slot.take(staging_size(program, call.support));
   plan.query_x = slot.take(staging_size(program, call.query));
   plan.tapes.assign(K, 0);
@@ -114,6 +123,7 @@ MetaPlan make_plan(const MetaCall<S>& call) {
   MetaPlan plan;
   plan.slots = call.slots;
   plan.resident = plan_resident(call);
+  plan.factored = plan_factored(call, !plan.resident.taken);
   if (plan.resident.taken) {
     plan_shared(call, plan);
     plan.kept = !call.first_order && call.steps > 0;

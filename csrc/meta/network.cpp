@@ -10,8 +10,9 @@ LayerArgs<S> Network<S>::args(size_t l, Params theta, const Batch<S>& batch,
   a.tasks = batch.tasks;
   a.samples = batch.samples;
   a.x = l == 0 ? batch.x : tape.y(l - 1);
-  a.w = theta.data + a.desc->param_offset;
+  a.w = theta.data + place(*a.desc);
   a.w_stride = theta.stride;
+  if (theta.factors && theta.factors[l].weights) a.w_factors = &theta.factors[l];
   a.y = tape.y(l);
   a.saved = tape.saved(l);
   a.swept_below = l > 0 && in_strips(l - 1);
@@ -35,7 +36,10 @@ LayerArgs<S> Network<S>::tangent_args(size_t l, Params theta, Params tw, const B
                                       const std::uint8_t* still) const {
   LayerArgs<S> a = args(l, theta, batch, tape);
   a.dy = l + 1 < depth() ? tape.dx(l + 1) : tape.dz();
-  a.tw = still && still[l] ? nullptr : tw.data + a.desc->param_offset;
+  if (!still || !still[l]) {
+    a.tw = tw.data + place(*a.desc);
+    if (a.w_factors) a.tw_factors = &tw.factors[l];
+  }
   a.tw_stride = tw.stride;
   a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
   a.ty = tangent.ty(l);
@@ -61,7 +65,7 @@ void Network<S>::forward(Params theta, const Batch<S>& batch, const Tape<S>& tap
                          const Exec& exec) const {
   const auto args_of = [&](size_t l) { return args(l, theta, batch, tape); };
   for (size_t l = 0; l < depth(); ++l) {
-    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(l).forward(a, exec); });
+    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(a).forward(a, exec); });
   }
 }
 
@@ -82,11 +86,11 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
                               const Exec& exec) const {
   const LayerDesc& d = *a.desc;
   if (!out.data || d.param_count == 0) return pass(a, exec);
-  const Rows<const S> base{update.base.data ? update.base.data + d.param_offset : nullptr,
+  const Rows<const S> base{update.base.data ? update.base.data + place(d) : nullptr,
                            update.base.stride};
   const S* weight_rate = d.has_weight ? update.rate(d.segment) : nullptr;
   const S* bias_rate = d.has_bias ? update.rate(d.segment + d.segments() - 1) : nullptr;
-  out.data += d.param_offset;
+  out.data += place(d);
   if (d.dense() || backend_.updates || (!base.data && update.factor == S(1) && !update.rates)) {
     a.*where = out.data;
     a.dw_stride = out.stride;
@@ -95,7 +99,8 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
     a.weight_scale = a.bias_scale = update.factor;
     a.weight_rate = weight_rate;
     a.bias_rate = bias_rate;
-    return pass(a, exec);
+    pass(a, exec);
+    return a.w_factors ? store_factors(a, update, exec) : void();
   }
   S* g = static_cast<S*>(exec.scratch) + a.tasks * scratch_before_update(d, a.samples);
   a.*where = g;
@@ -112,13 +117,36 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
 }
 
 template <class S>
+void Network<S>::store_factors(const LayerArgs<S>& a, const Update<S>& update,
+                               const Exec& exec) const {
+  const auto& vector = backend_.vector;
+  const FactorRows<S>& to = update.factors[a.desc - program_.layers().data()];
+  const index_t in = a.samples * a.desc->in.size();
+  if (to.a.data) vector.copy(a.tasks, in, {a.x, in}, to.a, exec);
+  if (to.b.data) store_factor_b(a, a.tdw ? a.tdy : a.dy, to.adds, update, to.b, exec);
+  if (!to.ta.data) return;
+  vector.copy(a.tasks, in, {a.tx, in}, to.ta, exec);
+  store_factor_b(a, a.dy, false, update, to.tb, exec);
+}
+
+// out = factor * rate * values, on top of what is there if it `adds`
+template <class S>
+void Network<S>::store_factor_b(const LayerArgs<S>& a, const S* values, bool adds,
+                                const Update<S>& update, Rows<S> out, const Exec& exec) const {
+  const index_t n = a.samples * a.desc->out.size();
+  const Rows<const S> base{adds ? out.data : nullptr, out.stride};
+  backend_.vector.update(a.tasks, n, base, update.factor, update.rate(a.desc->segment), {values, n},
+                         out, exec);
+}
+
+template <class S>
 void Network<S>::backward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const S* dz,
                           Rows<S> dw, const Update<S>& update, const Exec& exec,
                           const Tangent<S>* room) const {
   const auto args_of = [&](size_t l) { return adjoint_args(l, theta, batch, tape, dz, room); };
   for (size_t l = depth(); l-- > (dw.data ? first() : lowest_adjoint());) {
     with_above(l, args_of, [&](LayerArgs<S>& a) {
-      update_layer(ops(l).backward, a, &LayerArgs<S>::dw, dw, update, exec);
+      update_layer(ops(a).backward, a, &LayerArgs<S>::dw, dw, update, exec);
     });
   }
 }
@@ -131,7 +159,7 @@ void Network<S>::tangent_forward(Params theta, Params tw, const Batch<S>& batch,
     return tangent_args(l, theta, tw, batch, tape, tangent, still);
   };
   for (size_t l = first(); l < depth(); ++l) {
-    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(l).tangent_forward(a, exec); });
+    with_above(l, args_of, [&](LayerArgs<S>& a) { ops(a).tangent_forward(a, exec); });
   }
 }
 
@@ -154,7 +182,7 @@ void Network<S>::tangent_backward(Params theta, Params tw, const Batch<S>& batch
   };
   for (size_t l = depth(); l-- > first();) {
     with_above(l, args_of, [&](LayerArgs<S>& a) {
-      update_layer(ops(l).tangent_backward, a, &LayerArgs<S>::tdw, tdw, update, exec);
+      update_layer(ops(a).tangent_backward, a, &LayerArgs<S>::tdw, tdw, update, exec);
     });
   }
 }

@@ -45,14 +45,35 @@ struct Tape {
   S* at(index_t offset, index_t size) const { return base + tasks * offset + first * size; }
 };
 
+// Parameters of every task, or a direction: rows [P], and what is not in them of factored layers.
+template <class S>
+struct Params {
+  const S* data = nullptr;
+  index_t stride = 0;
+  const Factors<S>* factors = nullptr;  // [layers], null where none is factored
+  Params() = default;
+  Params(const S* data, index_t stride, const Factors<S>* factors = nullptr)
+      : data(data), stride(stride), factors(factors) {}
+  Params(const Rows<const S>& rows) : data(rows.data), stride(rows.stride) {}
+};
+
+// Where a factored layer's part of an adjoint, (x, dy), or of a product, (x, tdy) and (tx, dy),
+// goes. A null `a` has x already.
+template <class S>
+struct FactorRows {
+  Rows<S> a, b, ta, tb;
+  bool adds = false;  // to what is in b
+};
+
 // What is done with an adjoint or product g of the parameters: out = base + factor * rate (.) g,
-// with one rate per segment. A null base is zero; it may be `out` itself.
+// with one rate per segment. A null base is zero; it may be `out` itself. Factors are scaled alike.
 template <class S>
 struct Update {
   Rows<const S> base;
   S factor = S(1);
-  const S* rates = nullptr;  // in backend memory; null: 1
-  index_t rate_stride = 1;   // from segment to segment (0: they share one)
+  const S* rates = nullptr;                // in backend memory; null: 1
+  index_t rate_stride = 1;                 // from segment to segment (0: they share one)
+  const FactorRows<S>* factors = nullptr;  // [layers], where layers are factored
   const S* rate(index_t segment) const { return rates ? rates + segment * rate_stride : nullptr; }
 };
 
@@ -76,10 +97,11 @@ index_t chunk_of(const Program& program, const Backend<S>& backend, index_t samp
 template <class S>
 class Network {
  public:
-  using Params = Rows<const S>;  // [P] of every task
+  using Params = fm::Params<S>;
 
-  Network(const Program& program, const Backend<S>& backend)
-      : program_(program), backend_(backend) {}
+  // Parameters lie in their rows as `places` says, or else the program.
+  Network(const Program& program, const Backend<S>& backend, const Places* places = nullptr)
+      : program_(program), backend_(backend), places_(places) {}
 
   void forward(Params theta, const Batch<S>& batch, const Tape<S>& tape, const Exec& exec) const;
   // Value and accuracy of the loss; with `gradient` the adjoint of the output as well.
@@ -137,8 +159,17 @@ class Network {
   // Runs a pass that leaves layer l's dw at `where` (a field of a) and updates its slice of `out`.
   void update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a, S* LayerArgs<S>::* where,
                     Rows<S> out, const Update<S>& update, const Exec& exec) const;
+  // Stores the factors of what `pass` left, where layer l is factored.
+  void store_factors(const LayerArgs<S>& a, const Update<S>& update, const Exec& exec) const;
+  void store_factor_b(const LayerArgs<S>& a, const S* values, bool adds, const Update<S>& update,
+                      Rows<S> out, const Exec& exec) const;
   LossArgs<S> loss_args(const Batch<S>& batch, const Tape<S>& tape) const;
-  const LayerOps<S>& ops(size_t l) const { return backend_.layers[int(program_.layers()[l].kind)]; }
+  const LayerOps<S>& ops(const LayerArgs<S>& a) const {
+    return a.w_factors ? backend_.factored.layer : backend_.layers[int(a.desc->kind)];
+  }
+  index_t place(const LayerDesc& d) const {
+    return places_ ? places_->layer[&d - program_.layers().data()] : d.param_offset;
+  }
   size_t depth() const { return program_.layers().size(); }
   size_t first() const { return size_t(program_.first_trainable()); }
   // The lowest layer whose backward pass a Hessian product needs. It asks for no adjoint of the
@@ -153,6 +184,7 @@ class Network {
 
   const Program& program_;
   const Backend<S>& backend_;
+  const Places* places_;
 };
 
 }  // namespace fm

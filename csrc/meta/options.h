@@ -113,6 +113,7 @@ struct CallPlan {
   index_t tape_bytes = 0;    // one support step's activations and adjoints
   bool kept = false;         // activations kept over the steps
   bool resident = false;     // each task done by one call of the backend
+  index_t factored = 0;      // layers whose adapted weights are never formed
   double loss = 0;           // meta-gradient: sum_k w_k query loss, mean over tasks
 };
 

@@ -63,7 +63,7 @@ class Products {
   }
 
  private:
-  using Params = Rows<const S>;
+  using Params = fm::Params<S>;
 
   void work(index_t slot, index_t first, index_t count, Exec exec) const {
     const index_t P = program_.param_count();

@@ -207,6 +207,27 @@ struct ResidentOps {
   void (*all)(const ResidentCall<S>&, const ResidentBatch<S>&, const Exec&);
 };
 
+// Tasks' factors of one layer on their way into the mean: rows of a and b are [in] and [out].
+template <class S>
+struct FactorSum {
+  index_t in = 0, out = 0, tasks = 0, rows = 0;
+  Rows<const S> a, b;  // [T, rows, in], [T, rows, out]
+  bool begins = true;  // the sum starts at zero
+  S scale = 1;         // of the sum when these are in it
+  S* sum = nullptr;    // [in, out]
+};
+
+// Dense layers whose weights are Factors; meta/factored.h has the formulas.
+template <class S>
+struct FactoredOps {
+  LayerOps<S> layer;  // null: the backend has none of this
+  // dst [columns, rows] = src [rows, columns]'
+  void (*transpose)(index_t rows, index_t columns, const S* src, S* dst, const Exec&);
+  // sum[i, :] = scale * (sum[i, :] + a[t, r, i] b[t, r, :], added up over t and r, ascending), for
+  // begin <= i < end
+  void (*add_products)(const FactorSum<S>&, index_t begin, index_t end, const Exec&);
+};
+
 template <class S>
 struct Backend {
   const char* name;
@@ -215,6 +236,7 @@ struct Backend {
   VectorOps<S> vector;
   OptimizerOps<S> optimizer;
   ResidentOps<S> resident;
+  FactoredOps<S> factored;
   bool lockstep;      // takes all tasks at once, in one slot
   bool host_memory;   // its memory is the host's, and operations are done when they return
   bool tensor_cores;  // knows precisions other than float32

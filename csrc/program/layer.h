@@ -73,6 +73,15 @@ struct LayerDesc {
   }
 };
 
+// Weights of a dense layer that are never formed: weights + rate * sum over rows r of a[r]' b[r].
+template <class S>
+struct Factors {
+  const S *weights = nullptr, *transposed = nullptr;  // [in, out], [out, in] of all tasks; or zero
+  const S *a = nullptr, *b = nullptr;                 // [T, rows, in], [T, rows, out]
+  index_t a_stride = 0, b_stride = 0, rows = 0;       // elements from task to task
+  const S* rate = nullptr;                            // a number in backend memory; null: one
+};
+
 template <class S>
 struct LayerArgs {
   const LayerDesc* desc;
@@ -99,6 +108,9 @@ struct LayerArgs {
   index_t dw_base_stride = 0;  // elements from task to task (0: shared)
   S weight_scale = 1, bias_scale = 1;
   const S *weight_rate = nullptr, *bias_rate = nullptr;
+  // Of a factored layer (Backend::factored) the weights and their tangent, which may be null; w,
+  // tw, dw and tdw are its bias alone.
+  const Factors<S>*w_factors = nullptr, *tw_factors = nullptr;
   // Of a convolution that works in strips, the arguments of the norm above it; and of that norm,
   // that the convolution has swept, or will sweep, its unpooled pixels.
   const LayerArgs* above = nullptr;

@@ -15,6 +15,30 @@ index_t largest_adjoint(const Program& program) {
 
 }  // namespace
 
+Places plan_places(const Program& program, const std::vector<std::uint8_t>& apart) {
+  const auto& layers = program.layers();
+  Places places;
+  places.weights.assign(layers.size(), 0);
+  places.parameter.assign(program.parameters().size(), 0);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const LayerDesc& d = layers[l];
+    const index_t before = apart[l] ? d.bias_offset : 0;
+    places.layer.push_back(places.row);
+    if (d.has_weight) places.parameter[d.segment] = places.row;
+    if (d.has_bias) {
+      places.parameter[d.segment + d.segments() - 1] = places.row + d.bias_offset - before;
+    }
+    places.row += d.param_count - before;
+  }
+  index_t end = places.row;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (!apart[l]) continue;
+    places.weights[l] = places.parameter[layers[l].segment] = end;
+    end += layers[l].bias_offset;
+  }
+  return places;
+}
+
 TapePlan plan_tape(const Program& program, index_t samples, bool lean) {
   TapePlan plan;
   plan.samples = samples;

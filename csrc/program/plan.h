@@ -25,6 +25,17 @@ class Arena {
   index_t size_ = 0;
 };
 
+// Where parameters lie in a row of a task's. The weights of layers that are `apart` lie behind all
+// others, so that rows without them are rows that end before them.
+struct Places {
+  std::vector<index_t> layer;      // a layer's slice, or its bias if its weights are apart
+  std::vector<index_t> weights;    // of layers that are apart
+  std::vector<index_t> parameter;  // each of Program::parameters()
+  index_t row = 0;                 // elements but those apart
+};
+
+Places plan_places(const Program& program, const std::vector<std::uint8_t>& apart);
+
 struct TapePlan {
   index_t samples = 0;
   std::vector<index_t> y, dx, saved;  // per layer; dx of a layer is the adjoint of its input

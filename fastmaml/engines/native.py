@@ -55,6 +55,8 @@ class Plan(NamedTuple):
         tape: activations and adjoints of one support step.
         kept: activations of all steps are kept for the chain; else recomputed.
         resident: each task was done in one piece, in the nearest caches.
+        factored: layers whose adapted weights were never formed, their updates being
+            products of few rows.
     """
 
     total: int
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
     tape: int
     kept: bool
     resident: bool
+    factored: int
 
 
 class NativeEngine(Calls):
@@ -118,7 +121,7 @@ class NativeEngine(Calls):
         if (p := getattr(self._plan, "plan", self._plan)) is None:
             return None
         sizes = p.bytes, p.slots, p.slot_bytes, p.shared_bytes, p.tape_bytes
-        return Plan(*sizes, p.kept, p.resident)
+        return Plan(*sizes, p.kept, p.resident, p.factored)
 
     # -- the protocol -------------------------------------------------------------
 
