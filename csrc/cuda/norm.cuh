@@ -12,16 +12,14 @@
 // in two launches, or in one where a block can take all rows of its channels. What is summed hangs
 // on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
 // less the channel's first value, which keeps the one-sweep variance accurate. A sweep reads the
-// channels' coefficients from shared memory for every item: up to eleven of four channels in
-// registers would leave room for half the threads, and memory waits for threads.
 // saved [6, C] per task: mean, r, s1 = mean(dz), s2 = mean(dz xhat), tmean, q, with dz the adjoint
 // behind the ReLU's mask, so that m1 = g s1 and m2 = g s2.
 #pragma once
 
+#include "cuda/channel_table.cuh"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
 #include "cuda/parameter_update.cuh"
-#include "math/normalize.h"
 #include "program/layer.h"
 
 namespace FM_CUDA {
@@ -72,21 +70,6 @@ constexpr unsigned kNormBlocks =
     : P == NormPass::tangent_forward || P == NormPass::tangent_backward ? 3
                                                                         : 4;
 
-// Coefficients of a channel; what a pass doesn't use is never loaded. Before the forward pass has
-// found a mean, it is the channel's first value.
-template <class S>
-struct Channel {
-  static constexpr int kCount = 12;
-  S mean, r, scale, shift, tscale, tshift, tmean, q, m1, m2, tm1, tm2;
-  bool relu;
-
-  FM_DEVICE S normalized(S x) const { return math::normalized(x, mean, r); }
-  FM_DEVICE S output(S xhat) const { return scale * xhat + shift; }
-  // v where the ReLU lets it pass, which as in PyTorch includes NaN
-  FM_DEVICE S masked(S xhat, S v) const { return relu && output(xhat) <= S(0) ? S(0) : v; }
-  FM_DEVICE S tangent(S tx, S xhat) const { return math::normalize_tangent(tx, xhat, r, tmean, q); }
-};
-
 // From what earlier passes saved and, if not null, the two statistics that this one has found.
 template <NormPass P, class S>
 FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, const S* found) {
@@ -126,42 +109,6 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
   }
   return k;
 }
-
-// Coefficients of a block's channels in shared memory: [channels, kCount], a pack skipped behind
-// every fourth channel, so that eight threads of four channels each meet different banks.
-template <class S>
-struct ChannelTable {
-  static constexpr int kCount = Channel<S>::kCount;
-  S* at;
-  bool relu;
-
-  FM_HD static constexpr int offset(int i) { return i * kCount + i / 4 * 4; }
-  FM_DEVICE void put(int i, const Channel<S>& k) const {
-    const S values[] = {k.mean,  k.r, k.scale, k.shift, k.tscale, k.tshift,
-                        k.tmean, k.q, k.m1,    k.m2,    k.tm1,    k.tm2};
-    FM_UNROLL
-    for (int v = 0; v < kCount; ++v) at[offset(i) + v] = values[v];
-  }
-  // use(w, channel i + w) for W channels, of which one at a time is in registers: the fence keeps
-  // the compiler from loading it earlier.
-  template <int W, class Use>
-  FM_DEVICE void for_each(int i, const Use& use) const {
-    constexpr int N = kPack<S>;
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      FM_KEEP_ORDER();
-      S v[kCount];
-      FM_UNROLL
-      for (int n = 0; n < kCount; n += N) {
-        const Pack<S, N> pack = load<N>(at + offset(i + w) + n);
-        FM_UNROLL
-        for (int m = 0; m < N; ++m) v[n + m] = pack.at[m];
-      }
-      use(w, Channel<S>{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11],
-                        relu});
-    }
-  }
-};
 
 // The statistics of channel c from its two sums; `owner` stores them.
 template <NormPass P, class S>
