@@ -137,7 +137,7 @@ ACTIVATIONS = [
     *(activation("tanh", torch.tanh, shape=(1, 1, n), samples=1) for n in (1, 2, 4, 5)),
     activation("silu", F.silu, shape=(4, 4, 33), samples=5, tasks=3),
 ]
-# Around packs, lanes and blocks: 512 rows are one launch, 256 a part.
+# Around packs, lanes and blocks: 512 rows are one launch, 128 a part, 16 parts a chunk.
 NORMS = [
     batch_norm(1, 1, 1, samples=3, name="one"),
     batch_norm(1, 1, 5, samples=9, relu=True),

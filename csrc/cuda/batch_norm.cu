@@ -16,7 +16,8 @@ namespace FM_CUDA {
 namespace {
 
 template <class S, int W, NormPass P>
-FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1) batch_norm_kernel(const NormParams<S> p) {
+FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, kNormBlocks<S, W, P>)
+    batch_norm_kernel(const NormParams<S> p) {
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }
 

@@ -36,20 +36,12 @@ struct CellSweep {
   const PoolParams<S>& p;
   index_t task;
   int c;
-  Channel<S> k[W];
-  Pack<S, W> first{};
-  S sign[W];  // of the scale: the winner has the largest sign * x
+  const ChannelTable<S>& table;
+  int channel;  // of the table
 
-  FM_DEVICE CellSweep(const PoolParams<S>& params, index_t t, int channel, const S* found,
-                      int width)
-      : p(params), task(t), c(channel) {
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      k[w] = channel_of<P>(p, task, c + w, found ? found + w : nullptr, width);
-      sign[w] = k[w].scale > S(0) ? S(1) : k[w].scale < S(0) ? S(-1) : S(0);
-    }
-    if (P == NormPass::forward) first = load<W>(p.first + task * p.first_stride + c);
-  }
+  FM_DEVICE CellSweep(const PoolParams<S>& params, index_t t, int first, const ChannelTable<S>& of,
+                      int i)
+      : p(params), task(t), c(first), table(of), channel(i) {}
 
   struct Cell {
     index_t in;         // offset of the first pixel
@@ -103,12 +95,12 @@ struct CellSweep {
       const Pack<S, W> x = load<W>(p.x + i);
       Pack<S, W> tx{};
       if constexpr (kTangent) tx = load<W>(p.tx + i);
-      FM_UNROLL
-      for (int w = 0; w < W; ++w) {
+      table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
         const S value = x.at[w];
-        add_terms<P>(k[w], value, tx.at[w], S(0), S(0), first.at[w], sum1[w], sum2[w]);
+        add_terms<P>(k, value, tx.at[w], S(0), S(0), sum1[w], sum2[w]);
         if constexpr (P == NormPass::forward) {
-          const S key = sign[w] * value;
+          const S scale = k.scale;  // the winner has the largest x by the scale's sign
+          const S key = (scale > S(0) ? S(1) : scale < S(0) ? S(-1) : S(0)) * value;
           const bool better = !begun || key > carried.at[w];
           carried.at[w] = better ? key : carried.at[w];
           winner.at[w] = better ? value : winner.at[w];
@@ -117,7 +109,7 @@ struct CellSweep {
           found[w] |= here;
           carried.at[w] = here ? tx.at[w] : carried.at[w];
         }
-      }
+      });
       begun = true;
     });
     if (!at.window) return;
@@ -140,29 +132,27 @@ struct CellSweep {
       const Pack<S, W> dy = load<W>(p.rows.dy + at.out);
       Pack<S, W> tdy{};
       if constexpr (P == NormPass::tangent_backward) tdy = load<W>(p.rows.tdy + at.out);
-      FM_UNROLL
-      for (int w = 0; w < W; ++w) {
-        scaled_adjoint<P>(k[w], winner.at[w], dy.at[w], tdy.at[w], h[w], th[w]);
-      }
+      table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
+        scaled_adjoint<P>(k, winner.at[w], dy.at[w], tdy.at[w], h[w], th[w]);
+      });
     }
     pixels(at, [&](index_t i) {
       const Pack<S, W> x = load<W>(p.x + i);
       Pack<S, W> tx{}, result;
       if constexpr (kTangent) tx = load_or_zero<W>(p.tx, i);
-      FM_UNROLL
-      for (int w = 0; w < W; ++w) {
+      table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
         const bool here = !found[w] && x.at[w] == winner.at[w];
         found[w] |= here;
         result.at[w] =
-            input_adjoint<P>(k[w], x.at[w], tx.at[w], here ? h[w] : S(0), here ? th[w] : S(0));
-      }
+            input_adjoint<P>(k, x.at[w], tx.at[w], here ? h[w] : S(0), here ? th[w] : S(0));
+      });
       store(p.dx + i, result);
     });
   }
 };
 
 template <class S, int W, NormPass P, int K>
-FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, 1)
+FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, kNormBlocks<S, W, P>)
     batch_norm_pool_kernel(const PoolParams<S> p) {
   using Cells = CellSweep<S, W, P, K>;
   using Winners = RowSweep<S, W, P>;

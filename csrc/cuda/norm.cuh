@@ -11,15 +11,15 @@
 //
 // in two launches, or in one where a block can take all rows of its channels. What is summed hangs
 // on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
-// less the channel's first value, which keeps the one-sweep variance accurate.
+// less the channel's first value, which keeps the one-sweep variance accurate. A sweep reads the
 // saved [6, C] per task: mean, r, s1 = mean(dz), s2 = mean(dz xhat), tmean, q, with dz the adjoint
 // behind the ReLU's mask, so that m1 = g s1 and m2 = g s2.
 #pragma once
 
+#include "cuda/channel_table.cuh"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
 #include "cuda/parameter_update.cuh"
-#include "math/normalize.h"
 #include "program/layer.h"
 
 namespace FM_CUDA {
@@ -57,28 +57,22 @@ struct NormParams {
 };
 
 constexpr int kRun = 64;
-constexpr unsigned kNormThreads = 128;  // that take packs; single elements take as many more
+constexpr int kChunk = 16;              // parts that a thread adds up
+constexpr unsigned kNormThreads = 256;  // that take packs; single elements take as many more
 
 template <class S, int W>
 constexpr unsigned kNormBlock = kNormThreads * (kPack<S> / W);
-
-// Coefficients of a channel; what a pass doesn't use is never loaded.
-template <class S>
-struct Channel {
-  S mean, r, scale, shift, tscale, tshift, tmean, q, m1, m2, tm1, tm2;
-  bool relu;
-
-  FM_DEVICE S normalized(S x) const { return math::normalized(x, mean, r); }
-  FM_DEVICE S output(S xhat) const { return scale * xhat + shift; }
-  // v where the ReLU lets it pass, which as in PyTorch includes NaN
-  FM_DEVICE S masked(S xhat, S v) const { return relu && output(xhat) <= S(0) ? S(0) : v; }
-  FM_DEVICE S tangent(S tx, S xhat) const { return math::normalize_tangent(tx, xhat, r, tmean, q); }
-};
+// Of a multiprocessor in single precision, whose 65536 registers they share: tangents of packs take
+// up to 80 a thread, all else up to 64.
+template <class S, int W, NormPass P>
+constexpr unsigned kNormBlocks =
+    sizeof(S) > 4 || W == 1                                             ? 1
+    : P == NormPass::tangent_forward || P == NormPass::tangent_backward ? 3
+                                                                        : 4;
 
 // From what earlier passes saved and, if not null, the two statistics that this one has found.
 template <NormPass P, class S>
-FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, const S* found,
-                                int width) {
+FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, const S* found) {
   const S* saved = p.saved + task * p.saved_stride + c;
   const auto of = [=](const S* v, index_t stride, S otherwise) {
     return v ? v[task * stride + c] : otherwise;
@@ -88,19 +82,20 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
   k.scale = of(p.scale, p.w_stride, S(1));
   k.shift = of(p.shift, p.w_stride, S(0));
   if constexpr (P == NormPass::forward) {
-    if (found) k.mean = found[0], k.r = found[width];
+    k.mean = found ? found[0] : p.first[task * p.first_stride + c];
+    if (found) k.r = found[1];
     return k;
   }
   k.mean = saved[0];
   k.r = saved[p.channels];
   if constexpr (P == NormPass::backward) {
-    if (found) k.m1 = k.scale * found[0], k.m2 = k.scale * found[width];
+    if (found) k.m1 = k.scale * found[0], k.m2 = k.scale * found[1];
     return k;
   }
   k.tscale = of(p.tscale, p.tw_stride, S(0));
   k.tshift = of(p.tshift, p.tw_stride, S(0));
   if constexpr (P == NormPass::tangent_forward) {
-    if (found) k.tmean = found[0], k.q = found[width];
+    if (found) k.tmean = found[0], k.q = found[1];
     return k;
   }
   k.tmean = saved[4 * p.channels];
@@ -110,7 +105,7 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
     k.m1 = k.scale * s1;
     k.m2 = k.scale * s2;
     k.tm1 = k.scale * found[0] + k.tscale * s1;
-    k.tm2 = k.scale * found[width] + k.tscale * s2;
+    k.tm2 = k.scale * found[1] + k.tscale * s2;
   }
   return k;
 }
@@ -118,7 +113,7 @@ FM_DEVICE Channel<S> channel_of(const NormParams<S>& p, index_t task, int c, con
 // The statistics of channel c from its two sums; `owner` stores them.
 template <NormPass P, class S>
 FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, double sum1,
-                               double sum2, bool owner, S* found, int width) {
+                               double sum2, bool owner, S* found) {
   S* saved = p.saved + task * p.saved_stride + c;
   const double mean1 = sum1 / p.count, mean2 = sum2 / p.count;
   S first = S(mean1), second = S(mean2);
@@ -131,7 +126,7 @@ FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, doub
     second = S(double(saved[p.channels]) * mean2);
   }
   found[0] = first;
-  found[width] = second;
+  found[1] = second;
   if (!owner) return;
   if constexpr (P != NormPass::tangent_backward) {
     constexpr int row = 2 * int(P);
@@ -142,9 +137,9 @@ FM_DEVICE void find_statistics(const NormParams<S>& p, index_t task, int c, doub
 
 // What one element adds to the sums of a pass.
 template <NormPass P, class S>
-FM_DEVICE void add_terms(const Channel<S>& k, S x, S tx, S dy, S tdy, S first, S& sum1, S& sum2) {
+FM_DEVICE void add_terms(const Channel<S>& k, S x, S tx, S dy, S tdy, S& sum1, S& sum2) {
   if constexpr (P == NormPass::forward) {
-    const S v = x - first;
+    const S v = x - k.mean;
     sum1 += v;
     sum2 += v * v;
     return;
@@ -193,22 +188,18 @@ struct RowSweep {
   const NormParams<S>& p;
   const S *x, *tx, *dy, *tdy;
   S* out;
-  Channel<S> k[W];
-  Pack<S, W> first{};
+  const ChannelTable<S>& table;
+  int channel;  // of the table
 
-  FM_DEVICE RowSweep(const NormParams<S>& params, index_t task, int c, const S* found, int width)
-      : p(params) {
+  FM_DEVICE RowSweep(const NormParams<S>& params, index_t task, int c, const ChannelTable<S>& t,
+                     int i)
+      : p(params), table(t), channel(i) {
     const NormRows<S>& r = p.rows;
     x = r.x + task * r.x_stride + c;
     tx = shifted(r.tx, task * r.tx_stride + c);
     dy = shifted(r.dy, task * r.out_stride + c);
     tdy = shifted(r.tdy, task * r.out_stride + c);
     out = shifted(r.out, task * r.out_stride + c);
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      k[w] = channel_of<P>(p, task, c + w, found ? found + w : nullptr, width);
-    }
-    if (P == NormPass::forward && !found) first = load<W>(p.first + task * p.first_stride + c);
   }
 
   struct Point {
@@ -225,21 +216,18 @@ struct RowSweep {
 
   FM_DEVICE void sum(int item, S (&sum1)[W], S (&sum2)[W]) const {
     const Point v = at(index_t(item) * p.channels);
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      add_terms<P>(k[w], v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w], first.at[w], sum1[w],
-                   sum2[w]);
-    }
+    table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
+      add_terms<P>(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w], sum1[w], sum2[w]);
+    });
   }
 
   FM_DEVICE void map(int item) const {
     const index_t i = index_t(item) * p.channels;
     const Point v = at(i);
     Pack<S, W> result;
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      result.at[w] = element(k[w], v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
-    }
+    table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
+      result.at[w] = element(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
+    });
     store(out + i, result);
   }
 
@@ -267,29 +255,34 @@ FM_DEVICE void norm_pass(const Params& p) {
   const int from = int(blockIdx.y) * width, c = from + lane * W;
   const bool inside = c < p.channels;
   double* sums = shared_memory<double>();  // [rows, 2, width]; in the end the sums are row 0
+  const int chunks = p.sums ? rows : (p.parts + kChunk - 1) / kChunk;
+  const ChannelTable<S> table{reinterpret_cast<S*>(sums + chunks * 2 * width), p.relu};
+  const int own = min_of(width, p.channels - from);
   const auto cell = [=](int r, int which, int w) {
     return ((r * 2 + which) * W + w) * p.lanes + lane;
   };
 
   if (p.sums) {
-    double total1[W] = {}, total2[W] = {};
+    for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
+      table.put(i, channel_of<P>(p, task, from + i, static_cast<const S*>(nullptr)));
+    }
+    __syncthreads();
+    FM_UNROLL
+    for (int w = 0; w < W; ++w) sums[cell(row, 0, w)] = sums[cell(row, 1, w)] = 0;
     if (inside) {
-      const Sum sweep(p, task, c, nullptr, width);
+      const Sum sweep(p, task, c, table, lane * W);
       const int end = int(index_t(p.sum_items) * (blockIdx.x + 1) / p.parts);
       int i = int(index_t(p.sum_items) * blockIdx.x / p.parts) + row;
       while (i < end) {
         const int stop = min_of(end, i + kRun * rows);
         S sum1[W] = {}, sum2[W] = {};
-        FM_UNROLL_BY_FOUR
         for (; i < stop; i += rows) sweep.sum(i, sum1, sum2);
         FM_UNROLL
-        for (int w = 0; w < W; ++w) total1[w] += double(sum1[w]), total2[w] += double(sum2[w]);
+        for (int w = 0; w < W; ++w) {
+          sums[cell(row, 0, w)] += double(sum1[w]);
+          sums[cell(row, 1, w)] += double(sum2[w]);
+        }
       }
-    }
-    FM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      sums[cell(row, 0, w)] = total1[w];
-      sums[cell(row, 1, w)] = total2[w];
     }
     for (int half = rows / 2; half > 0; half /= 2) {
       __syncthreads();
@@ -305,7 +298,6 @@ FM_DEVICE void norm_pass(const Params& p) {
   const auto kept = [=](int part, int which, int i) {
     return (index_t(part) * 2 + which) * p.channels + from + i;
   };
-  const int own = min_of(width, p.channels - from);
   if (!p.maps) {
     for (int i = int(threadIdx.x); i < 2 * own; i += int(blockDim.x)) {
       parts[kept(int(blockIdx.x), i / own, i % own)] = sums[place(i / own, i % own)];
@@ -317,23 +309,32 @@ FM_DEVICE void norm_pass(const Params& p) {
     }
     return;
   }
-  S* found = reinterpret_cast<S*>(p.sums ? sums + rows * 2 * width : sums);
+  if (!p.sums) {  // chunks of parts, [chunks, 2, width]: their loads wait for memory together
+    for (int i = int(threadIdx.x); i < chunks * 2 * own; i += int(blockDim.x)) {
+      const int which = i / own % 2, first = i / own / 2 * kChunk;
+      const int end = min_of(p.parts, first + kChunk);
+      double sum = 0;
+      FM_UNROLL_BY_EIGHT
+      for (int part = first; part < end; ++part) sum += parts[kept(part, which, i % own)];
+      sums[(i / own) * width + i % own] = sum;
+    }
+    __syncthreads();
+  }
   const auto total = [&](int which, int i) {
     if (p.sums) return sums[place(which, i)];
-    double sum = 0;
-    FM_UNROLL_BY_FOUR
-    for (int part = 0; part < p.parts; ++part) sum += parts[kept(part, which, i)];
+    double sum = sums[which * width + i];
+    for (int chunk = 1; chunk < chunks; ++chunk) sum += sums[(2 * chunk + which) * width + i];
     return sum;
   };
   for (int i = int(threadIdx.x); i < own; i += int(blockDim.x)) {
-    find_statistics<P>(p, task, from + i, total(0, i), total(1, i), blockIdx.x == 0, found + i,
-                       width);
+    S found[2];
+    find_statistics<P>(p, task, from + i, total(0, i), total(1, i), blockIdx.x == 0, found);
+    table.put(i, channel_of<P>(p, task, from + i, static_cast<const S*>(found)));
   }
   __syncthreads();
   if (inside && p.rows.out) {
-    const Map sweep(p, task, c, found + lane * W, width);
+    const Map sweep(p, task, c, table, lane * W);
     const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
-    FM_UNROLL_BY_FOUR
     for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
       sweep.map(i);
     }

@@ -2,10 +2,11 @@
 // the sums, and whether one launch does all.
 //
 // A block of one launch takes all rows of its channels; that is done where they are few. Else there
-// are as many parts as keep some hundred rows each, and channels are split further where a part is
-// still long, down to whole sectors of memory. Nothing of this hangs on the number of tasks or on
-// alignment: single elements instead of packs only take more threads for the same rows and
-// channels.
+// are as many parts as keep some hundred rows each. Channels are split further where a block's rows
+// are more than one an item, down to two sectors of memory, in one launch to one: those data are in
+// a cache. Nothing of this hangs on the number of tasks or on alignment: single elements instead of
+// packs only take more threads for the same rows and channels. What maps items, where no order
+// matters, has whole rows, but spreads them where there are few over more blocks.
 #pragma once
 
 #include "cuda/norm.cuh"
@@ -45,41 +46,52 @@ NormParams<S> norm_params(const LayerArgs<S>& a, S* dw, const Exec& exec) {
 template <class S, template <class> class Params>
 void run_norm(const char* name, void (*wide)(Params<S>), void (*narrow)(Params<S>), Params<S> p,
               index_t tasks, index_t sum_rows, index_t map_rows, bool packs, const Exec& exec) {
-  constexpr index_t kAlone = 512, kPart = 256, kBlockBytes = 16 << 10, kLineBytes = 64;
+  constexpr index_t kAlone = 512, kPart = 128, kSectorPacks = 2;
   constexpr int kMost = 32, kItems = 8;  // packs of channels a block, items a thread maps
+  constexpr index_t kEnough = 512;       // blocks that fill a large GPU
   require(tasks < 65536, name, ": expected fewer than 65536 tasks, got ", tasks);
   const index_t all = max_of(sum_rows, map_rows);
   require(all < (index_t(1) << 31), name, ": expected fewer than 2^31 samples times pixels, got ",
           all);
   const bool alone = all <= kAlone;
-  p.parts = int(alone ? 1 : max_of<index_t>(1, min_of(kStatisticParts, sum_rows / kPart)));
-  int lanes = 1;
-  while (lanes < kMost && lanes * kPack<S> < p.channels) lanes *= 2;
-  while (lanes * 16 > kLineBytes && sum_rows / p.parts * lanes * 16 > kBlockBytes) lanes /= 2;
-  const int width = lanes * kPack<S>, rows = int(kNormThreads) / lanes;
+  p.parts = int(alone ? 1 : max_of<index_t>(1, min_of(kLockstepParts, sum_rows / kPart)));
+  int most = 1;
+  while (most < kMost && most * kPack<S> < p.channels) most *= 2;
+  int lanes = most;
+  const index_t least = alone ? kSectorPacks : 2 * kSectorPacks;
+  const index_t each = alone ? all : sum_rows / p.parts;  // rows of a block
+  while (lanes > least && each * lanes > index_t(kNormThreads)) lanes /= 2;
   packs = packs && p.channels % kPack<S> == 0;
-  p.lanes = packs ? lanes : width;
-  const unsigned threads = unsigned(rows * p.lanes);
-  const unsigned groups = unsigned(divide_up(p.channels, width));
-  const std::size_t found = 2 * width * sizeof(S), sums = rows * 2 * width * sizeof(double);
-  const auto go = [&](bool sum, bool map, index_t blocks) {
+  const auto groups = [&](int n) { return divide_up(p.channels, n * kPack<S>); };
+  const auto go = [&](bool sum, bool map, index_t blocks, int n) {
+    const int width = n * int(kPack<S>), rows = int(kNormThreads) / n;
+    const index_t sums = sum ? rows : divide_up(p.parts, kChunk);
     p.sums = sum;
     p.maps = map;
-    launch_named(name, packs ? wide : narrow, dim3(unsigned(blocks), groups, unsigned(tasks)),
-                 threads, (sum ? sums : 0) + (map ? found : 0), exec, p);
+    p.lanes = packs ? n : width;
+    launch_named(
+        name, packs ? wide : narrow, dim3(unsigned(blocks), unsigned(groups(n)), unsigned(tasks)),
+        unsigned(rows * p.lanes),
+        sums * 2 * width * sizeof(double) + ChannelTable<S>::offset(width) * sizeof(S), exec, p);
   };
-  if (alone) return go(true, true, 1);
+  if (alone) return go(true, true, 1, lanes);
   if (p.tscale && p.tscale == p.dscale.to) {
     // behind the parts' sums, where the CPU has coefficients
-    p.kept_tscale = reinterpret_cast<S*>(p.partial + 2 * kStatisticParts * p.channels);
+    p.kept_tscale = reinterpret_cast<S*>(p.partial + 2 * kLockstepParts * p.channels);
     p.kept_stride = p.partial_stride * index_t(sizeof(double) / sizeof(S));
   }
-  go(true, false, p.parts);
+  go(true, false, p.parts, lanes);
   if (p.kept_tscale) {
     p.tscale = p.kept_tscale;
     p.tw_stride = p.kept_stride;
   }
-  go(false, true, p.rows.out ? divide_up(p.map_items, rows * kItems) : 1);
+  if (!p.rows.out) return go(false, true, 1, most);
+  const auto blocks = [&](int n, index_t items) {
+    return divide_up(p.map_items, int(kNormThreads) / n * items);
+  };
+  while (most > 2 * kSectorPacks && blocks(most, 1) * groups(most) * tasks < kEnough) most /= 2;
+  const index_t spread = blocks(most, 1) * groups(most) * tasks / kEnough;
+  go(false, true, blocks(most, min_of<index_t>(kItems, max_of<index_t>(1, spread))), most);
 }
 
 }  // namespace FM_CUDA

@@ -19,7 +19,10 @@
 #define FM_UNROLL_BY_FOUR _Pragma("unroll 4")
 #define FM_UNROLL_BY_EIGHT _Pragma("unroll 8")
 #define FM_NO_UNROLL _Pragma("unroll 1")
+// The compiler moves no access to memory over this.
+#define FM_KEEP_ORDER() asm volatile("" ::: "memory")
 #else
+#define FM_KEEP_ORDER()
 #define FM_UNROLL_BY_TWO
 #define FM_UNROLL_BY_FOUR
 #define FM_UNROLL_BY_EIGHT

@@ -29,13 +29,13 @@ index_t gradient_parts(const LayerDesc& d, index_t samples) {
 }
 
 namespace {
-index_t norm_scratch(index_t channels) {
-  return (2 + 4 * kStatisticParts) * align_up(channels, 16);
+index_t norm_scratch(index_t channels, index_t parts) {
+  return (2 + 4 * parts) * align_up(channels, 16);
 }
 }  // namespace
 
 StripSizes::StripSizes(const LayerDesc& d) {
-  norm = norm_scratch(d.out.channels);
+  norm = norm_scratch(d.out.channels, kStatisticParts);
   width = align_up(d.out.channels, 16);
   row = (d.in.width + 2 * d.window.padding[1]) * d.in.channels;
   inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
@@ -54,7 +54,7 @@ index_t scratch_count(const LayerDesc& d, index_t samples) {
     return max_of(max_of(strips, WinogradSizes(d, samples).total()), direct);
   }
   if (d.kind == LayerKind::batch_norm || d.kind == LayerKind::batch_norm_pool) {
-    return norm_scratch(d.in.channels);
+    return norm_scratch(d.in.channels, kLockstepParts);
   }
   return 0;
 }

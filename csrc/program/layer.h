@@ -119,6 +119,8 @@ struct LayerArgs {
 
 // Batch norm sums the data of a task in at most this many parts, each with sums of its own.
 constexpr index_t kStatisticParts = 16;
+// In lockstep in this many: a few tasks should fill a GPU.
+constexpr index_t kLockstepParts = 32;
 
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);
