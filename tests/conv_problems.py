@@ -1,4 +1,4 @@
-"""Convolution problems: kernels, strides, paddings and channels around vector widths."""
+"""Convolution problems: kernels, strides, paddings, channels around vector widths."""
 
 from __future__ import annotations
 
