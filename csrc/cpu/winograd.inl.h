@@ -17,6 +17,10 @@
 //
 // Tiles go by in blocks whose D and M stay cached, image by image and row by row; every output
 // takes the same operations in whichever block or thread its tile is.
+//
+// Rounding: dw of 32 -> 32 channels and 5 images in float32 is off by 8.5, 4.9 and 2.7 eps
+// (relative norm; 42, 21 and 10 pixels wide); by the direct algorithm, whose chains are longer, by
+// 16, 9.1 and 4.1.
 
 namespace FM_KERNELS {
 

@@ -1,4 +1,4 @@
-"""006: what is left of a row of 100 columns, four rows to a register.
+"""007: what is left of a row of 100 columns, four rows to a register.
 
 Question:
     The policy's layers are 100 wide: 6.25 vectors of 16. The tiles behind Linear take
