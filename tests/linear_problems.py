@@ -1,4 +1,4 @@
-"""Linear layers of sizes around vector widths, and of rows that end in a few columns."""
+"""Linear layers: sizes around vector widths, rows that end in a few columns."""
 
 from __future__ import annotations
 
