@@ -33,7 +33,8 @@ Outcome:
 
 Decision:
     Tails of up to a quarter of a vector share a register (csrc/cpu/dense.inl.h). Not
-    done: sums over inputs for few outputs, some 8% of a meta-gradient.
+    done: sums over inputs for the outputs of 100 -> 3, whose forward passes are some 4%
+    of the kernels' time.
 """
 
 from common import run
