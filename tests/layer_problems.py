@@ -10,53 +10,11 @@ from collections.abc import Callable
 
 from conv_problems import CONVOLUTION
 from fused_problems import FUSED
+from linear_problems import LINEAR, mlp
 from problem import Builder, Problem
 from torch import nn
 
 from fastmaml import models
-
-# -- linear ----------------------------------------------------------------------------
-
-
-def _mlp(*sizes: int, bias: bool = True) -> Builder:
-    def build() -> nn.Module:
-        layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after, bias=bias), nn.Tanh()]
-        return nn.Sequential(*layers[:-1])
-
-    return build
-
-
-_WIDTHS = (1, 3, 7, 8, 9, 15, 16, 17, 33, 65)
-LINEAR = [
-    Problem("linear-alone", _mlp(5, 3), (5,), 3),
-    Problem("linear-alone-no-bias", _mlp(3, 1, bias=False), (3,), 1, samples=4),
-    Problem("linear-one-sample", _mlp(4, 5, 2), (4,), 2, samples=1),
-    *(
-        Problem(f"linear-{a}to{b}", _mlp(a, b, 2), (a,), 2, samples=3 + a % 5)
-        for a, b in zip(_WIDTHS, _WIDTHS[1:], strict=False)
-    ),
-    *(
-        Problem(f"linear-{a}to{b}-no-bias", _mlp(a, b, 3, bias=False), (a,), 3)
-        for a, b in ((65, 1), (17, 16), (8, 33), (9, 7))
-    ),
-    # what is left of a row behind whole vectors, in tiles of any number of rows
-    *(
-        Problem(f"linear-{a}to{b}-n{n}", _mlp(a, b, 6), (a,), 6, samples=n)
-        for a, b, n in (
-            (4, 20, 1),
-            (20, 36, 5),
-            (36, 100, 9),
-            (100, 4, 8),
-            (18, 34, 6),
-            (10, 19, 4),
-            (35, 6, 2),
-        )
-    ),
-    Problem("linear-five-deep", _mlp(3, 9, 8, 7, 5, 2), (3,), 2, samples=7),
-    Problem("linear-many-samples", _mlp(3, 9, 1), (3,), 1, samples=37),
-]
 
 # -- normalisation ---------------------------------------------------------------------
 
@@ -307,11 +265,11 @@ def _policy(actions: int) -> Builder:
 
 
 LOSS = [
-    Problem("mse-9-outputs", _mlp(3, 7, 9), (3,), 9),
+    Problem("mse-9-outputs", mlp(3, 7, 9), (3,), 9),
     *(
         Problem(
             f"cross-entropy-{ways}-n{samples}-{reduction}",
-            _mlp(3, 7, ways),
+            mlp(3, 7, ways),
             (3,),
             ways,
             loss="cross_entropy",
@@ -337,7 +295,7 @@ LOSS = [
         samples=150,
     ),
     *(
-        Problem(f"{loss.replace('_', '-')}-{o}", _mlp(3, 7, o), (3,), o, loss=loss)
+        Problem(f"{loss.replace('_', '-')}-{o}", mlp(3, 7, o), (3,), o, loss=loss)
         for loss in (
             "categorical_policy_gradient",
             "categorical_likelihood_ratio",

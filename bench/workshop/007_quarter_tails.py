@@ -24,16 +24,17 @@ Prediction:
 
 Outcome:
     AMD EPYC (Zen 5, 288 GFLOP/s of multiply-adds a core), g++ 12, 2026-11-24. This
-    file: 16.0 us with half vectors, 14.6 with quarters, 192 samples. The
-    engine's own functions, epilogues and tile tables included, in one process each, one after the
-    other: outputs 17.5 us and 15.4, with two operand pairs 33.9 and 29.3; weights 17.9
-    and 15.8, 34.1 and 30.1; 20 -> 100 4.75 and 4.30; 100 -> 3 2.95 and 2.75. All bits
-    are the same. Whole meta-gradient of the policy workload, two threads, alternated:
-    133.8 ms and 126.0, 7%.
+    file: 16.0 us with half vectors, 14.6 with quarters, 192 samples. The engine's
+    own functions, epilogues and tile tables included, in one process each, one
+    after the other: outputs 17.5 us and 15.4, with two operand pairs 33.9 and 29.3;
+    weights 17.9 and 15.8, 34.1 and 30.1; 20 -> 100 4.75 and 4.30; 100 -> 3 2.95 and
+    2.75. All bits are the same. Whole meta-gradient of the policy workload, two
+    threads, alternated: 133.8 ms and 126.0, 7%.
 
 Decision:
     Tails of up to a quarter of a vector share a register (csrc/cpu/dense.inl.h). Not
-    done: sums over inputs for few outputs, some 8% of a meta-gradient.
+    done: sums over inputs for the outputs of 100 -> 3, whose forward passes are some 4%
+    of the kernels' time.
 """
 
 from common import run
@@ -83,7 +84,8 @@ __attribute__((noinline)) void tailed(const float* x, const float* w, float* y) 
         factor = m % 4 ? V(_mm512_mask_blend_ps(place, __m512(factor), __m512(v))) : v;
         if (m % 4 == 3) shared[m / 4] += factor * b2;
       } else {
-        last[m] += H(_mm512_castps512_ps256(__m512(v))) * H(_mm256_zextps128_ps256(four));
+        const H half = H(_mm256_zextps128_ps256(four));
+        last[m] += H(_mm512_castps512_ps256(__m512(v))) * half;
       }
     }
   }
