@@ -27,7 +27,8 @@ MAY_INCLUDE = {
     "meta": {"common", "math", "program", "meta"},
     "tasks": {"common", "math", "tasks"},
     "bind": {"common", "math", "program", "cpu", "cuda", "meta", "tasks", "bind"},
-    "emulation": {"common", "math", "program", "cuda"},  # kernels of tests/emulation/
+    # kernels of tests/emulation/
+    "emulation": {"common", "math", "program", "cuda", "emulation"},
     "portable": {"common", "math", "program", "meta", "cpu"},  # tests/portable/
 }
 HOSTS = {"github.com", "raw.githubusercontent.com", "arxiv.org", "pytorch.org"}

@@ -195,6 +195,8 @@ def test_an_error_ends_the_process_with_2_and_no_traceback(tmp_path: Path) -> No
         (["train", "sinusoid", "--threads", "0"], "threads must be at least 1"),
         (["train", "sinusoid", "--iterations", "ten"], "'ten'"),
         (["train", "sinusoid", "--preset", "fast"], "fast"),
+        (["train", "sinusoid", "--device", "cuda:99"], "device='cuda:99'"),
+        (["train", "sinusoid", "--device", "gpu"], "device='gpu'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

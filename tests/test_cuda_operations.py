@@ -108,8 +108,11 @@ def test_losses_are_those_of_torch(driver, kind, samples, outputs, dtype):
 def test_labels_out_of_range_are_flagged_and_not_read(driver, label):
     z, y, tz = loss_case(1, 3, 7, 5)
     y[1, 4] = label
-    value, _, dz, _ = run_loss(driver, 1, torch.float32, z, y, tz, 1.0)
+    value, accuracy, dz, tdz = run_loss(driver, 1, torch.float32, z, y, tz, 1.0)
     assert value.isnan().tolist() == [False, True, False]
+    hits = (z.float().argmax(-1) == y).double().mean(-1)
+    torch.testing.assert_close(accuracy, hits, rtol=0, atol=1e-12)
+    assert tdz.isfinite().all()
     wrong = dz.isnan().all(-1)
     assert wrong.sum() == 1 and wrong[1, 4] and dz.isnan().sum() == 5
 

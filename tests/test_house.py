@@ -26,6 +26,7 @@ PLANTED = [
     ("includes_go_one_way", "csrc/cpu/a.cpp", '  #  include "../meta/options.h"'),
     ("includes_go_one_way", "csrc/tasks/a.cpp", '#include "program/layer.h"'),
     ("includes_go_one_way", "csrc/cpu/a.cpp", '#include "tasks/philox.h"'),
+    ("includes_go_one_way", "tests/emulation/a.cpp", '#include "meta/options.h"'),
     ("only_bind_sees_python", "csrc/cpu/a.cpp", "#include <pybind11/pybind11.h>"),
     ("only_bind_sees_python", "csrc/common/a.h", "#include <Python.h>"),
     ("engine_knows_no_torch", "csrc/bind/a.cpp", "#include <torch/extension.h>"),

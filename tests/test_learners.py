@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import engines
 import oracles
@@ -256,6 +258,24 @@ def test_state_round_trip(tmp_path, engine):
     assert not torch.equal(one.rates, two.rates)
     two.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(one.meta_loss(problem.tasks()), two.meta_loss(problem.tasks()))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_copy_is_a_learner_of_its_own(copied, engine):
+    problem = BY_NAME["linear-9to15"]
+    one = learner_for(problem, engine, learn_rates=True, rates="per_tensor")
+    tasks = problem.tasks()
+    before = one.backward(tasks)
+    two = copied(one)
+    assert torch.equal(two.backward(tasks, accumulate=False), before)
+    assert two.report.engine == one.report.engine
+    with torch.no_grad():
+        for p in two.parameters():
+            p.add_(1)
+    assert not torch.equal(two.backward(tasks), before)
+    assert torch.equal(one.backward(tasks), before)
 
 
 def test_state_of_other_settings_is_refused():

@@ -4,8 +4,8 @@
 // 256th sample, then the block adds up in fixed order. Hessian products need no sum, so a thread
 // takes a sample of any task.
 // Labels are in device memory, where nobody has checked them. One out of range reads nothing: the
-// sample's dz and tdz are NaN, the task's value is NaN and its accuracy -1, which no labels in
-// range give.
+// sample's dz and the task's value are NaN, and the accuracy counts a miss. The Hessian of
+// cross-entropy takes no label, so tdz is the same whatever it is.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"

@@ -4,8 +4,8 @@
 //   Loss::hessian(p, n, z, tz, tdz)
 //
 // z, dz, tz and tdz are the sample's own [outputs]; `p` is anything with `target` (of all samples),
-// `outputs` and `scale`. A label or action that is no output's number reads nothing: the value, dz
-// and tdz of its sample are NaN.
+// `outputs` and `scale`. A label or action that is no output's number reads nothing: its sample is
+// a miss, value and dz are NaN, and so is tdz, but for cross-entropy's, which takes no label.
 #pragma once
 
 #include <cmath>

@@ -130,3 +130,16 @@ class Placement:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch can't use here.
+
+    Raises:
+        ValueError: naming it, with torch's reason.
+    """
+    try:
+        torch.empty((), device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r}: torch can't use it: {reason}") from error

@@ -226,6 +226,16 @@ class Learner:
         with torch.no_grad():
             self.rates.copy_(state["rates"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; its engine is built anew."""
+        kept = ("model", "settings", "_loss", "_choice", "_rate_values")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.last = None
+        self._build()
+
     # -- engine -------------------------------------------------------------------
 
     def _build(self, against: str | None = None) -> None:

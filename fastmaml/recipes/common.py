@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from fastmaml.engines.placement import backend_for, missing
+from fastmaml.engines.placement import backend_for, check_device, missing
 from fastmaml.learners import MAML
 from fastmaml.optim import Adam
 from fastmaml.tasks.batch import TaskBatch
@@ -152,11 +152,8 @@ class Experiment(abc.ABC):
         return train(self)
 
     def check(self) -> None:
-        """Refuses counts that make no sense, before a run begins.
-
-        Raises:
-            ValueError: naming the setting.
-        """
+        """Refuses counts and devices that make no sense, before a run begins."""
+        check_device(self.device)
         for name in ("iterations", "validation_tasks", "test_tasks"):
             check_count(name, getattr(self, name), least=0)
         for name in ("meta_batch", "validate_every", "checkpoint_every", "log_every"):

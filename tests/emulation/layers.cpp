@@ -6,25 +6,13 @@
 
 #include "cuda/kernels.h"
 #include "cuda/sampling.h"
+#include "guarded.h"
 #include "math/activation.h"
 
 using namespace fm;
 namespace emulated = fm::cuda_emulated;
 
 namespace {
-
-std::string reason;
-
-template <class Body>
-int guarded(Body&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& e) {
-    reason = e.what();
-    return 1;
-  }
-}
 
 // body(S()) for the scalar of a call
 template <class Body>
@@ -98,8 +86,6 @@ struct Buffers {
   const void *x, *w, *dy, *tx, *tw, *tdy;
   void *y, *dx, *dw, *ty, *tdx, *tdw, *saved, *scratch;
 };
-
-const char* last_error() { return reason.c_str(); }
 
 void shuffle(index_t seed) { emulated::shuffle_threads(std::uint64_t(seed)); }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "guarded.h"
 #include "program/program.h"
 
 using namespace fm;
@@ -32,19 +33,6 @@ struct Call {
 }  // extern "C"
 
 namespace {
-
-std::string reason;
-
-template <class Body>
-int guarded(Body&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& e) {
-    reason = e.what();
-    return 1;
-  }
-}
 
 Program program_of(const Call& c) {
   std::vector<LayerSpec> layers;
@@ -104,8 +92,6 @@ bool planned(const Call& c) {
 }  // namespace
 
 extern "C" {
-
-const char* last_error() { return reason.c_str(); }
 
 // Whether the backend takes the call, and elements of a row of `rows`.
 int plan(const Call* c, index_t* taken, index_t* row) {
