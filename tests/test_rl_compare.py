@@ -77,6 +77,8 @@ def test_others_are_tried_on_the_same_tasks(
     assert others[0]["returns"] == returns.mean(0).tolist()
     spread = 1.96 * returns.std(0) / 2
     assert others[0]["interval"] == pytest.approx(spread.tolist())
+    assert others[0]["task_parameters"] == tasks.tolist()
+    assert others[0]["task_returns"] == returns.tolist()
     assert others[0]["run"] == str(runs["pretrained"])
     assert not (runs["pretrained"] / "evaluation.json").exists()
 

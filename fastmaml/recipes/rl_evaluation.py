@@ -116,6 +116,8 @@ def _returns(run_dir: str | Path, trial: _Trial) -> dict[str, Any]:
         "returns": returns.mean(0).tolist(),
         "interval": (1.96 * returns.std(0) / tasks**0.5).tolist(),
         "nonfinite_episodes": [t.failures for t in found],
+        "task_parameters": held_out.tolist(),
+        "task_returns": returns.tolist(),
     }
 
 
