@@ -11,7 +11,7 @@
 //
 // in two launches, or in one where a block can take all rows of its channels. What is summed hangs
 // on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
-// less the channel's first value, which keeps the one-sweep variance accurate. A sweep reads the
+// less the channel's first value, which keeps the one-sweep variance accurate.
 // saved [6, C] per task: mean, r, s1 = mean(dz), s2 = mean(dz xhat), tmean, q, with dz the adjoint
 // behind the ReLU's mask, so that m1 = g s1 and m2 = g s2.
 #pragma once
