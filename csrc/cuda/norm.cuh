@@ -276,6 +276,7 @@ FM_DEVICE void norm_pass(const Params& p) {
       while (i < end) {
         const int stop = min_of(end, i + kRun * rows);
         S sum1[W] = {}, sum2[W] = {};
+        FM_NO_UNROLL
         for (; i < stop; i += rows) sweep.sum(i, sum1, sum2);
         FM_UNROLL
         for (int w = 0; w < W; ++w) {
@@ -335,6 +336,7 @@ FM_DEVICE void norm_pass(const Params& p) {
   if (inside && p.rows.out) {
     const Map sweep(p, task, c, table, lane * W);
     const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
+    FM_NO_UNROLL
     for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
       sweep.map(i);
     }
