@@ -28,7 +28,7 @@ void run(const char* name, const LayerArgs<S>& a, const NormRows<S>& rows, S* dw
   const index_t count = a.samples * a.desc->in.pixels();
   p.rows = rows;
   p.rows.x = a.x;
-  p.rows.x_stride = p.rows.tx_stride = p.rows.out_stride = a.samples * a.desc->in.size();
+  p.rows.x_stride = p.rows.out_stride = a.samples * a.desc->in.size();
   p.sum_items = P == NormPass::tangent_forward && !a.tx ? 0 : int(count);
   p.map_items = int(count);
   const bool packs = on_packs({rows.tx, rows.dy, rows.tdy, rows.out, a.x});

@@ -185,7 +185,7 @@ void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exe
     p.cells[axis] = int(divide_up(size, d.window.kernel[axis]));
     cells *= p.cells[axis];
   }
-  p.rows = {p.winners, a.tx ? p.twinners : nullptr, a.dy, a.tdy, out, saved, saved, outputs};
+  p.rows = {p.winners, a.tx ? p.twinners : nullptr, a.dy, a.tdy, out, saved, outputs};
   const index_t pixels = a.samples * d.in.pixels(), rows = a.samples * d.out.pixels();
   p.sum_items = int(kSumsCells ? cells : rows);
   p.map_items = int(kSumsCells ? rows : cells);

@@ -11,7 +11,7 @@
 //
 // in two launches, or in one where a block can take all rows of its channels. What is summed hangs
 // on the shapes of one task alone, so a task has the same bits in any batch. Sums of x are taken
-// less the channel's first value, which keeps the one-sweep variance accurate. A sweep reads the
+// less the channel's first value, which keeps the one-sweep variance accurate.
 // saved [6, C] per task: mean, r, s1 = mean(dz), s2 = mean(dz xhat), tmean, q, with dz the adjoint
 // behind the ReLU's mask, so that m1 = g s1 and m2 = g s2.
 #pragma once
@@ -31,7 +31,7 @@ template <class S>
 struct NormRows {
   const S *x = nullptr, *tx = nullptr, *dy = nullptr, *tdy = nullptr;
   S* out = nullptr;
-  index_t x_stride = 0, tx_stride = 0, out_stride = 0;  // out_stride: of dy, tdy and out
+  index_t x_stride = 0, out_stride = 0;  // of x and tx; of dy, tdy and out
 };
 
 template <class S>
@@ -186,20 +186,15 @@ struct RowSweep {
   static constexpr bool kTangent =
       P == NormPass::tangent_forward || P == NormPass::tangent_backward;
   const NormParams<S>& p;
-  const S *x, *tx, *dy, *tdy;
-  S* out;
+  index_t in, out;  // offsets of the channel: of x and tx, and of dy, tdy and the result
   const ChannelTable<S>& table;
   int channel;  // of the table
 
   FM_DEVICE RowSweep(const NormParams<S>& params, index_t task, int c, const ChannelTable<S>& t,
                      int i)
       : p(params), table(t), channel(i) {
-    const NormRows<S>& r = p.rows;
-    x = r.x + task * r.x_stride + c;
-    tx = shifted(r.tx, task * r.tx_stride + c);
-    dy = shifted(r.dy, task * r.out_stride + c);
-    tdy = shifted(r.tdy, task * r.out_stride + c);
-    out = shifted(r.out, task * r.out_stride + c);
+    in = task * p.rows.x_stride + c;
+    out = task * p.rows.out_stride + c;
   }
 
   struct Point {
@@ -207,10 +202,10 @@ struct RowSweep {
   };
   FM_DEVICE Point at(index_t i) const {
     Point v;
-    v.x = load<W>(x + i);
-    if constexpr (kTangent) v.tx = load_or_zero<W>(tx, i);
-    if constexpr (kAdjoint) v.dy = load<W>(dy + i);
-    if constexpr (P == NormPass::tangent_backward) v.tdy = load<W>(tdy + i);
+    v.x = load<W>(p.rows.x + in + i);
+    if constexpr (kTangent) v.tx = load_or_zero<W>(p.rows.tx, in + i);
+    if constexpr (kAdjoint) v.dy = load<W>(p.rows.dy + out + i);
+    if constexpr (P == NormPass::tangent_backward) v.tdy = load<W>(p.rows.tdy + out + i);
     return v;
   }
 
@@ -228,7 +223,7 @@ struct RowSweep {
     table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
       result.at[w] = element(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
     });
-    store(out + i, result);
+    store(p.rows.out + out + i, result);
   }
 
   FM_DEVICE static S element(const Channel<S>& k, S x, S tx, S dy, S tdy) {
@@ -276,6 +271,7 @@ FM_DEVICE void norm_pass(const Params& p) {
       while (i < end) {
         const int stop = min_of(end, i + kRun * rows);
         S sum1[W] = {}, sum2[W] = {};
+        FM_NO_UNROLL
         for (; i < stop; i += rows) sweep.sum(i, sum1, sum2);
         FM_UNROLL
         for (int w = 0; w < W; ++w) {
@@ -335,6 +331,7 @@ FM_DEVICE void norm_pass(const Params& p) {
   if (inside && p.rows.out) {
     const Map sweep(p, task, c, table, lane * W);
     const int end = int(index_t(p.map_items) * (blockIdx.x + 1) / gridDim.x);
+    FM_NO_UNROLL
     for (int i = int(index_t(p.map_items) * blockIdx.x / gridDim.x) + row; i < end; i += rows) {
       sweep.map(i);
     }
