@@ -83,6 +83,9 @@ struct FactoredPlan {
 // Multiply-adds that moving an element of a weight to and from the last cache costs as much as.
 constexpr double kMovedElement = 16;
 
+// Smaller weights stay in the nearest cache, whoever's they are.
+constexpr index_t kLeastWeights = 4096;
+
 // Whether factors pay. They save the direct way's products for K updates, and all passes over
 // parameters of the task's own; they cost two small products for every pass, of all rows that are
 // there. First order goes as second order does, so that its losses have the same bits.
@@ -127,7 +130,7 @@ FactoredPlan plan_factored(const MetaCall<S>& call, bool wanted) {
                     fixed,
                     call.rates.adapted[d.segment] != 0,
                     FactorOrder(call, fixed, call.first_order)};
-    if (!pays(call, f)) continue;
+    if (f.in * f.out < kLeastWeights || !pays(call, f)) continue;
     f.transposed = transposed.take(fixed ? 0 : f.in * f.out);
     f.updates = updates.take(f.order.support_rows * f.out);
     f.a = row.take(f.order.rows * f.in);
