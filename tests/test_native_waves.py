@@ -5,8 +5,11 @@ The backend `cpu_lockstep`, which takes all tasks at once, says what the bits mu
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from engines import rates_of
 from native_cases import DTYPES, assert_same_bits, case, everything, native, threads
 from problems import Problem
 from torch import nn
@@ -26,6 +29,15 @@ both_dtypes = pytest.mark.parametrize(
 )
 
 
+def large(tasks: int, factored: bool):
+    """40 samples are enough rows of factors; rates of parameters rule factors out."""
+    c = case(LARGE, tasks=tasks, samples=40 if factored else 0)
+    if factored:
+        return c
+    rates = rates_of(LARGE, c.model, "per_parameter", per_step=False, steps=1)
+    return dataclasses.replace(c, rates=rates)
+
+
 def gradients(engine, c, dtype):
     """Everything but the mean of the losses, which lockstep leaves to torch."""
     results = everything(engine, c, dtype, steps=1)
@@ -35,8 +47,9 @@ def gradients(engine, c, dtype):
 
 @both_dtypes
 @pytest.mark.parametrize("tasks", TASKS)
-def test_waves_of_any_number_of_threads_change_no_bit(tasks, dtype):
-    c = case(LARGE, tasks=tasks)
+@pytest.mark.parametrize("factored", [False, True], ids=["direct", "factored"])
+def test_waves_of_any_number_of_threads_change_no_bit(tasks, dtype, factored):
+    c = large(tasks, factored)
     together = native(c, backend="cpu_lockstep", memory="keep")
     want = gradients(together, c, dtype)
     engine = native(c, backend="cpu", memory="keep")
@@ -46,16 +59,18 @@ def test_waves_of_any_number_of_threads_change_no_bit(tasks, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_more_tasks_take_no_more_memory(count):
+@pytest.mark.parametrize("factored", [False, True], ids=["direct", "factored"])
+def test_more_tasks_take_no_more_memory(count, factored):
     """A row of lambda for every task would be 0.6 MB each."""
     shared = {}
     with threads(count):
         for tasks in (24, 48):
-            c = case(LARGE, tasks=tasks)
+            c = large(tasks, factored)
             engine = native(c, backend="cpu")
             params = {n: p.float() for n, p in c.params.items()}
             of = c.tasks.to(dtype=torch.float32)
             engine.meta_gradient(params, c.rates, of, steps=1)
             assert not engine.plan.resident
+            assert engine.plan.factored == factored
             shared[tasks] = engine.plan.shared
     assert shared[48] == shared[24]

@@ -18,7 +18,8 @@
 //   B            -a_0 td_0 ..            w_K d_q   -a_{K-1} d_{K-1}  ..
 //
 // The rows of lambda_k are adjacent: from x_k on. Nothing moves the input of a network's first
-// layer with parameters: it has one x and one x_q, on which U and B add up, and no tx.
+// layer with parameters: it has one x and one x_q, on which B adds up, and no tx. U is then the sum
+// of the updates up to each step, since the chain comes back to W_k.
 #pragma once
 
 #include "meta/network.h"
@@ -83,6 +84,9 @@ struct FactoredPlan {
 // Multiply-adds that moving an element of a weight to and from the last cache costs as much as.
 constexpr double kMovedElement = 16;
 
+// Smaller weights stay in the nearest cache, whoever's they are.
+constexpr index_t kLeastWeights = 4096;
+
 // Whether factors pay. They save the direct way's products for K updates, and all passes over
 // parameters of the task's own; they cost two small products for every pass, of all rows that are
 // there. First order goes as second order does, so that its losses have the same bits.
@@ -127,9 +131,9 @@ FactoredPlan plan_factored(const MetaCall<S>& call, bool wanted) {
                     fixed,
                     call.rates.adapted[d.segment] != 0,
                     FactorOrder(call, fixed, call.first_order)};
-    if (!pays(call, f)) continue;
+    if (f.in * f.out < kLeastWeights || !pays(call, f)) continue;
     f.transposed = transposed.take(fixed ? 0 : f.in * f.out);
-    f.updates = updates.take(f.order.support_rows * f.out);
+    f.updates = updates.take(call.steps * call.support.count * f.out);
     f.a = row.take(f.order.rows * f.in);
     f.b = row.take(f.order.rows * f.out);
     apart[l] = 1;
@@ -167,7 +171,7 @@ class FactoredTasks {
       Factors<S> w = slice(f, 0, f.moves ? f.order.updates[k] : 0);
       w.weights = theta0_ + plan_->places.weights[f.layer];
       w.transposed = transposed_ + f.transposed;
-      const Rows<S> u = update_rows(f, 0);
+      const Rows<S> u = update_rows(f, f.fixed_input && k > 0 ? k - 1 : 0);
       w.b = u.data;
       w.b_stride = u.stride;
       return w;
@@ -191,8 +195,8 @@ class FactoredTasks {
       const index_t row = f.order.support[k];
       const bool again = f.fixed_input && k > 0;
       if (!again) to.a = a_rows(f, row);
-      if (f.moves) to.b = update_rows(f, row);
-      to.adds = again;
+      if (f.moves) to.b = update_rows(f, k);
+      if (again) to.base = constant(update_rows(f, k - 1));
       return to;
     });
   }
@@ -204,7 +208,7 @@ class FactoredTasks {
       const bool again = f.fixed_input && k != f.order.first_query;
       if (!again) to.a = a_rows(f, row);
       to.b = b_rows(f, row);
-      to.adds = again;
+      if (again) to.base = constant(to.b);
       return to;
     });
   }
@@ -213,7 +217,7 @@ class FactoredTasks {
     return list<FactorRows<S>>([&](const FactoredLayer& f) {
       FactorRows<S> to;
       to.b = b_rows(f, f.order.support[k]);
-      to.adds = f.fixed_input && k + 1 < call_->steps;
+      if (f.fixed_input && k + 1 < call_->steps) to.base = constant(to.b);
       if (f.fixed_input) return to;
       to.ta = a_rows(f, f.order.tangent[k]);
       to.tb = b_rows(f, f.order.tangent[k]);
@@ -254,9 +258,12 @@ class FactoredTasks {
   Rows<S> b_rows(const FactoredLayer& f, index_t row) const {
     return {rows_ + f.b + row * f.out, plan_->row};
   }
-  Rows<S> update_rows(const FactoredLayer& f, index_t row) const {
-    return {updates_ + tasks_ * f.updates + row * f.out, f.order.support_rows * f.out};
+  // U of an inner step.
+  Rows<S> update_rows(const FactoredLayer& f, index_t step) const {
+    const index_t size = call_->support.count * f.out;
+    return {updates_ + tasks_ * f.updates + step * size, call_->steps * size};
   }
+  static Rows<const S> constant(const Rows<S>& rows) { return {rows.data, rows.stride}; }
 
   const MetaCall<S>* call_ = nullptr;
   const FactoredPlan* plan_ = nullptr;

@@ -123,18 +123,17 @@ void Network<S>::store_factors(const LayerArgs<S>& a, const Update<S>& update,
   const FactorRows<S>& to = update.factors[a.desc - program_.layers().data()];
   const index_t in = a.samples * a.desc->in.size();
   if (to.a.data) vector.copy(a.tasks, in, {a.x, in}, to.a, exec);
-  if (to.b.data) store_factor_b(a, a.tdw ? a.tdy : a.dy, to.adds, update, to.b, exec);
+  if (to.b.data) store_factor_b(a, a.tdw ? a.tdy : a.dy, to.base, update, to.b, exec);
   if (!to.ta.data) return;
   vector.copy(a.tasks, in, {a.tx, in}, to.ta, exec);
-  store_factor_b(a, a.dy, false, update, to.tb, exec);
+  store_factor_b(a, a.dy, {}, update, to.tb, exec);
 }
 
-// out = factor * rate * values, on top of what is there if it `adds`
+// out = base + factor * rate * values
 template <class S>
-void Network<S>::store_factor_b(const LayerArgs<S>& a, const S* values, bool adds,
+void Network<S>::store_factor_b(const LayerArgs<S>& a, const S* values, Rows<const S> base,
                                 const Update<S>& update, Rows<S> out, const Exec& exec) const {
   const index_t n = a.samples * a.desc->out.size();
-  const Rows<const S> base{adds ? out.data : nullptr, out.stride};
   backend_.vector.update(a.tasks, n, base, update.factor, update.rate(a.desc->segment), {values, n},
                          out, exec);
 }

@@ -62,7 +62,7 @@ struct Params {
 template <class S>
 struct FactorRows {
   Rows<S> a, b, ta, tb;
-  bool adds = false;  // to what is in b
+  Rows<const S> base;  // what b is on top of, or null
 };
 
 // What is done with an adjoint or product g of the parameters: out = base + factor * rate (.) g,
@@ -161,8 +161,8 @@ class Network {
                     Rows<S> out, const Update<S>& update, const Exec& exec) const;
   // Stores the factors of what `pass` left, where layer l is factored.
   void store_factors(const LayerArgs<S>& a, const Update<S>& update, const Exec& exec) const;
-  void store_factor_b(const LayerArgs<S>& a, const S* values, bool adds, const Update<S>& update,
-                      Rows<S> out, const Exec& exec) const;
+  void store_factor_b(const LayerArgs<S>& a, const S* values, Rows<const S> base,
+                      const Update<S>& update, Rows<S> out, const Exec& exec) const;
   LossArgs<S> loss_args(const Batch<S>& batch, const Tape<S>& tape) const;
   const LayerOps<S>& ops(const LayerArgs<S>& a) const {
     return a.w_factors ? backend_.factored.layer : backend_.layers[int(a.desc->kind)];
