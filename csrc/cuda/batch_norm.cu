@@ -15,8 +15,10 @@
 namespace FM_CUDA {
 namespace {
 
+// Both sweeps of the last pass are over rows here, which takes some 87 registers.
 template <class S, int W, NormPass P>
-FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, kNormBlocks<S, W, P>)
+FM_KERNEL void __launch_bounds__(kNormBlock<S, W>,
+                                 P == NormPass::tangent_backward ? 1 : kNormBlocks<S, W, P>)
     batch_norm_kernel(const NormParams<S> p) {
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }

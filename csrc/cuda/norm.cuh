@@ -65,10 +65,9 @@ constexpr unsigned kNormBlock = kNormThreads * (kPack<S> / W);
 // Of a multiprocessor in single precision, whose 65536 registers they share: tangents of packs take
 // up to 80 a thread, all else up to 64.
 template <class S, int W, NormPass P>
-constexpr unsigned kNormBlocks =
-    sizeof(S) > 4 || W == 1                                             ? 1
-    : P == NormPass::tangent_forward || P == NormPass::tangent_backward ? 3
-                                                                        : 4;
+constexpr unsigned kNormBlocks = sizeof(S) > 4 || W == 1                             ? 1
+                                 : P == NormPass::forward || P == NormPass::backward ? 4
+                                                                                     : 3;
 
 // From what earlier passes saved and, if not null, the two statistics that this one has found.
 template <NormPass P, class S>
