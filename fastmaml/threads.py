@@ -17,9 +17,15 @@ def set_num_threads(threads: int | None) -> None:
             quota of its cgroup.
 
     Raises:
+        TypeError: if ``threads`` is no integer.
         ValueError: if ``threads`` is less than 1.
         NativeUnavailable: if the extension can't be loaded.
     """
+    if threads is not None and (
+        type(threads) is bool or not hasattr(threads, "__index__")
+    ):
+        got = type(threads).__name__
+        raise TypeError(f"threads={threads!r}: expected an integer or None, got {got}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1, or None")
     _native.core().set_num_threads(threads or 0)

@@ -185,3 +185,35 @@ def test_kernels_that_no_gpu_has_run_are_taken_on_request_alone(monkeypatch, eng
     monkeypatch.setattr(selection, "missing", lambda backend: None)
     found = selection._obstacle(Model, selection.EngineChoice(engine), Native)
     assert found == (selection.UNPROVEN if engine == "auto" else None)
+
+
+@pytest.mark.parametrize("call", ["meta_loss", "backward", "evaluate"])
+@pytest.mark.parametrize("tasks", [None, tuple(torch.randn(4, 2, 5, 3))])
+@pytest.mark.parametrize("engine", ["auto", "functional"])
+def test_tasks_come_as_a_batch(call, tasks, engine):
+    learner = MAML(mlp(), engine=engine)
+    with pytest.raises(TypeError, match="tasks: expected a TaskBatch, got"):
+        getattr(learner, call)(tasks)
+
+
+@pytest.mark.parametrize("call", ["meta_loss", "backward", "evaluate"])
+def test_samples_that_the_model_cannot_take_are_named(call):
+    tasks = batch(x=torch.randn(2, 5, 4))
+    words = r"support_x: the model can't take the samples \[5, 4\].*5x4 and 3x4"
+    with pytest.raises(ValueError, match=words):
+        getattr(MAML(mlp()), call)(tasks)
+
+
+def test_a_missing_axis_of_targets_is_told():
+    model, x = nn.Sequential(nn.Linear(3, 1)), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match=r"unsqueeze\(-1\)"):
+        MAML(model).adapt(x, torch.randn(2, 5))
+    with pytest.raises(ValueError, match=r"unsqueeze\(-1\) for one output"):
+        TaskBatch(x, torch.randn(2, 5), x, torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("loss", [nn.functional.mse_loss, nn.MSELoss()])
+def test_a_callable_that_is_built_in_is_told(loss):
+    report = str(MAML(mlp(), loss=loss).report)
+    assert "loss='mse' is the same" in report
+    assert "is the same" not in str(MAML(mlp(), loss=lambda a, b: (a - b).sum()).report)

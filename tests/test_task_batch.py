@@ -113,3 +113,11 @@ def test_to_changes_floating_fields_alone():
     assert batch.to("meta").device.type == "meta"
     with pytest.raises(TypeError, match="floating"):
         batch.to(dtype=torch.int64)
+
+
+def test_prints_shapes_instead_of_values():
+    x, y = torch.zeros(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3).long()
+    assert repr(TaskBatch(x, y, x, y)) == (
+        "TaskBatch(support_x=(2, 3, 4), support_y=(2, 3), query_x=(2, 3, 4), "
+        "query_y=(2, 3), float64, cpu)"
+    )

@@ -54,3 +54,9 @@ def _in_a_process(wish: str) -> int:
         check=True,
     )
     return int(done.stdout)
+
+
+@pytest.mark.parametrize("threads", ["2", 2.0, True])
+def test_threads_are_an_integer(threads):
+    with pytest.raises(TypeError, match=f"threads={threads!r}: expected an integer"):
+        fastmaml.set_num_threads(threads)

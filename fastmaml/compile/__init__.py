@@ -77,7 +77,19 @@ def _compile(model: nn.Module, loss: Loss) -> CompileReport:
 def _loss_refusals(loss: Loss) -> list[str]:
     if loss.native:
         return []
-    return [f"the loss is a Python callable ({loss.name}), not a built-in"]
+    reason = f"the loss is a Python callable ({loss.name}), not a built-in"
+    if same := _SAME_LOSSES.get(loss.name):
+        reason += f"; if it takes no options, loss={same!r} is the same"
+    return [reason]
+
+
+_SAME_LOSSES = {
+    "mse_loss": "mse",
+    "MSELoss": "mse",
+    "cross_entropy": "cross_entropy",
+    "CrossEntropyLoss": "cross_entropy",
+}
+"""What PyTorch calls losses that are built in."""
 
 
 def _repeated(steps: list[Step]) -> list[str]:

@@ -12,6 +12,7 @@ from fastmaml.compile import EngineReport, infer_shapes
 from fastmaml.engines.base import Params, Rates
 from fastmaml.engines.modes import with_batch_statistics, with_unit_scales
 from fastmaml.learners.checks import (
+    check_batch,
     check_classes,
     check_placement,
     check_targets,
@@ -300,6 +301,7 @@ class Learner:
     # -- the door -----------------------------------------------------------------
 
     def _admit_tasks(self, tasks: TaskBatch) -> None:
+        check_batch(tasks)
         self._admit("support", tasks.support_x, tasks.support_y)
         self._admit("query", tasks.query_x, tasks.query_y)
 
@@ -315,7 +317,7 @@ class Learner:
 
     def _first_sight(self, what: str, x: Tensor, y: Tensor) -> tuple[int, ...]:
         check_placement(what, x, y, self._dtype, self._device)
-        output = output_shape(self._skeleton, x[0])
+        output = output_shape(what, self._skeleton, x[0])
         check_targets(what, self._loss, output, y[0])
         self._check_native_shape(tuple(x.shape[2:]))
         return output

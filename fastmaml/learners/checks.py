@@ -7,6 +7,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmaml.losses import POLICY_TARGETS, Loss
+from fastmaml.tasks.batch import TaskBatch
+
+
+def check_batch(tasks: object) -> None:
+    """Raises TypeError unless tasks come as one batch."""
+    if not isinstance(tasks, TaskBatch):
+        raise TypeError(
+            f"tasks: expected a TaskBatch, got {type(tasks).__name__}: make one of the "
+            "four tensors, TaskBatch(support_x, support_y, query_x, query_y)"
+        )
 
 
 def check_placement(
@@ -27,10 +37,25 @@ def check_placement(
 
 
 @torch.no_grad()
-def output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """Shape of the model's output for one task's samples [N, ...]."""
+def output_shape(what: str, model: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Shape of the model's output for one task's samples.
+
+    Args:
+        what: ``support`` or ``query``.
+        model: with batch statistics where those are asked for.
+        x: [N, ...].
+
+    Raises:
+        ValueError: if the model fails on them, or returns no tensor.
+    """
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    output = functional_call(model, buffers, (x,))
+    try:
+        output = functional_call(model, buffers, (x,))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{what}_x: the model can't take the samples {list(x.shape)} of a task "
+            f"({x.dtype}): {error}"
+        ) from error
     if not isinstance(output, Tensor):
         raise ValueError(
             f"model: returned {type(output).__name__}, expected one tensor [N, ...]"
@@ -65,7 +90,10 @@ def check_targets(what: str, loss: Loss, output: tuple[int, ...], y: Tensor) -> 
     if not y.is_floating_point():
         raise ValueError(f"{got}, {loss.name} expects floating targets")
     if loss.name == "mse" and tuple(y.shape) != output:
-        raise ValueError(f"{got}, mse expects the shape of the output {list(output)}")
+        hint = ": y.unsqueeze(-1)" if (*y.shape, 1) == output else ""
+        raise ValueError(
+            f"{got}, mse expects the shape of the output {list(output)}{hint}"
+        )
     if loss.native and loss.name in POLICY_TARGETS:
         _check_policy(loss.name, got, output, y)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.engines.native_call import GradientTargets, fresh, tasks_key
+from fastmaml.learners.checks import check_batch
 from fastmaml.learners.details import MetaLossDetails
 from fastmaml.tasks.batch import TaskBatch
 
@@ -69,7 +70,11 @@ class Gradients:
     def _prepared(self, tasks: TaskBatch) -> Any:
         """The call for tasks of this kind; ``None`` if the engine prepares none."""
         learner = self._learner
-        key = tasks_key(tasks)
+        try:
+            key = tasks_key(tasks)
+        except AttributeError:
+            check_batch(tasks)
+            raise
         if learner.settings is not self._settings:
             self._settings, self._key, self._calls = learner.settings, None, {}
         if key == self._key and self._call.engine is learner._engine:

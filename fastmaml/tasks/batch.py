@@ -11,7 +11,7 @@ from torch import Tensor
 _FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TaskBatch:
     """Support and query samples of T tasks.
 
@@ -73,6 +73,15 @@ class TaskBatch:
     def device(self) -> torch.device:
         """Device all four tensors are on."""
         return self.support_x.device
+
+    def __repr__(self) -> str:
+        """Shapes, not values."""
+        fields = ", ".join(
+            f"{name}={tuple(field.shape)}"
+            for name, field in ((name, getattr(self, name)) for name in _FIELDS)
+        )
+        dtype = str(self.support_x.dtype).removeprefix("torch.")
+        return f"TaskBatch({fields}, {dtype}, {self.device})"
 
     def __len__(self) -> int:
         """Number of tasks, T."""
@@ -166,6 +175,7 @@ def _check_pair(x: Tensor, y: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}_y must be [tasks, samples] int64 classes or [tasks, samples, "
             f"outputs] floating targets, got {y.dtype} of shape {tuple(y_shape)}"
+            + ("; y.unsqueeze(-1) for one output" if len(y_shape) == 2 else "")
         )
     if x_shape[:2] != y_shape[:2]:
         raise ValueError(

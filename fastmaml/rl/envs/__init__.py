@@ -12,7 +12,7 @@ try:
     import gymnasium
 except ImportError as error:
     raise ImportError(
-        "fastmaml.rl.envs needs gymnasium: pip install 'fastmaml[rl]'"
+        'fastmaml.rl.envs needs gymnasium: pip install "gymnasium[mujoco]"'
     ) from error
 
 from fastmaml.rl.envs.base import TaskEnv as TaskEnv

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"locomotion needs mujoco 3.17 or newer, got {mujoco.__version__}: "
-        "pip install -U 'fastmaml[rl]'"
+        "pip install -U mujoco"
     ) from error
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.spaces import Box
