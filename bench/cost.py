@@ -29,10 +29,10 @@ Between two passes over an array a thread sees its K + 1 thetas and lambda. Wher
 are more than a cache keeps, the next level has to deliver them.
 
 Both are counts of the direct method, the same yardstick for all contenders. fastmaml's
-engine does less on the CPU where it can: Winograd's filtering takes 16 multiply-adds of a
-3 x 3 convolution's 36 (csrc/cpu/winograd.inl.h), and layers with factored updates
-(csrc/meta/factored.h) move no theta or lambda of a task at all. More than 100% of either
-bound is possible then.
+engine does less on the CPU where it can: Winograd's filtering takes 16 multiply-adds of
+a 3 x 3 convolution's 36 (csrc/cpu/winograd.inl.h), and layers with factored updates
+(csrc/meta/factored.h) move no theta or lambda of a task at all. More than 100% of
+either bound is possible then.
 """
 
 from __future__ import annotations
