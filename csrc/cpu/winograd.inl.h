@@ -135,6 +135,29 @@ inline void transform_input_tiles(const S* x, const Shape& image, const index_t 
   });
 }
 
+// T m T' of a square m [In, In] for a transform T of its columns: get(row, column) reads m,
+// put(row, column, v) takes the result [Out, Out].
+template <int In, int Out, class Transform, class Get, class Put>
+FM_INLINE void transform_square(Transform transform, Get get, Put put) {
+  V rows[Out][In];
+#pragma GCC unroll 4
+  for (int x = 0; x < In; ++x) {
+    V column[In], t[Out];
+#pragma GCC unroll 4
+    for (int y = 0; y < In; ++y) column[y] = get(y, x);
+    transform(column, t);
+#pragma GCC unroll 4
+    for (int r = 0; r < Out; ++r) rows[r][x] = t[r];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Out; ++r) {
+    V t[Out];
+    transform(rows[r], t);
+#pragma GCC unroll 4
+    for (int x = 0; x < Out; ++x) put(r, x, t[x]);
+  }
+}
+
 FM_INLINE void transform_weights(const V (&g)[3], V (&u)[4]) {
   const V half = splat(S(0.5)), ends = half * (g[0] + g[2]), middle = half * g[1];
   u[0] = g[0];
@@ -147,26 +170,13 @@ FM_INLINE void transform_weights(const V (&g)[3], V (&u)[4]) {
 inline void transform_kernel(const S* w, index_t inputs, index_t outputs, bool turned, S* u) {
   const index_t matrix = inputs * outputs;
   for_columns(matrix, [&](auto lanes, index_t i) {
-    V column[4][3];
-#pragma GCC unroll 3
-    for (int x = 0; x < 3; ++x) {
-      V g[3], t[4];
-#pragma GCC unroll 3
-      for (int y = 0; y < 3; ++y) {
-        const index_t tap = 3 * y + x;
-        g[y] = lanes.get(w + (turned ? 8 - tap : tap) * matrix + i);
-      }
-      transform_weights(g, t);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) column[r][x] = t[r];
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      V t[4];
-      transform_weights(column[r], t);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) lanes.put(u + (4 * r + j) * matrix + i, t[j]);
-    }
+    transform_square<3, 4>(
+        transform_weights,
+        [&](int y, int x) {
+          const index_t tap = 3 * y + x;
+          return lanes.get(w + (turned ? 8 - tap : tap) * matrix + i);
+        },
+        [&](int r, int x, V v) { lanes.put(u + (4 * r + x) * matrix + i, v); });
   });
 }
 

@@ -66,27 +66,15 @@ FM_INLINE void transform_sums(const V (&u)[4], V (&g)[3]) {
 // dw [9, matrix] of `parts` sums dU [16, matrix], `panel` apart.
 inline void finish_gradient(const S* sums, index_t parts, index_t panel, index_t matrix, S* dw) {
   for_columns(matrix, [&](auto lanes, index_t i) {
-    V column[3][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      V u[4], t[3];
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) {
-        const S* at = sums + (4 * y + x) * matrix + i;
-        u[y] = lanes.get(at);
-        for (index_t part = 1; part < parts; ++part) u[y] += lanes.get(at + part * panel);
-      }
-      transform_sums(u, t);
-#pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) column[r][x] = t[r];
-    }
-#pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r) {
-      V t[3];
-      transform_sums(column[r], t);
-#pragma GCC unroll 3
-      for (int x = 0; x < 3; ++x) lanes.put(dw + (3 * r + x) * matrix + i, t[x]);
-    }
+    transform_square<4, 3>(
+        transform_sums,
+        [&](int y, int x) {
+          const S* at = sums + (4 * y + x) * matrix + i;
+          V sum = lanes.get(at);
+          for (index_t part = 1; part < parts; ++part) sum += lanes.get(at + part * panel);
+          return sum;
+        },
+        [&](int r, int x, V v) { lanes.put(dw + (3 * r + x) * matrix + i, v); });
   });
 }
 
