@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # where this file runs as a script
-from bench import stamps, targets  # noqa: E402
+from bench import elsewhere, stamps, targets  # noqa: E402
 from bench.rl_report import rl_section  # noqa: E402
 from bench.targets import NONE, digits  # noqa: E402
 
@@ -342,6 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         body = section(results["speed"], _relative(sources["speed"], base))
         parts = [
             body,
+            *(
+                elsewhere.table(json.loads(other.read_text()), _relative(other, base))
+                for other in elsewhere.others(options.results, sources["speed"])
+            ),
             _learning(options.results, base),
             pictures(folder, results, base),
         ]

@@ -315,6 +315,21 @@ def test_report_takes_the_newest_full_cpu_result(checkout):
     assert report.newest(folder) == folder / "c.json"
 
 
+def test_report_shows_the_newest_result_of_each_other_processor_in_short(checkout):
+    folder, run = checkout
+    dates = {"old": "1999-01-01", "new": "2000-01-01"}
+    for name, date in dates.items():
+        result = synthetic(f"{date}T00:00:00+00:00", milliseconds=7.77)
+        result["machine"] = {**result["machine"], "cpu": "Other CPU"}
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    assert run() == 0
+    text = (folder / "README.md").read_text()
+    assert text.index("**0.123**") < text.index("On Other CPU, 2 threads (2000-01-01")
+    assert "| w | 7.77 | good peer | 1.20 | 9.87× | – | – |" in text
+    assert "new.json" in text and "1999-01-01" not in text
+    assert "On Some CPU" not in text
+
+
 def test_a_new_result_makes_the_readme_stale(checkout):
     folder, run = checkout
     run()
