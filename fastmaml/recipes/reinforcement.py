@@ -17,10 +17,10 @@ from fastmaml.recipes.common import (
     UserError,
     announce,
     load_experiment,
-    run_folder,
     save_settings,
     user_errors,
 )
+from fastmaml.recipes.folder import run_folder
 from fastmaml.recipes.rl_settings import VALIDATION_SEED, check_settings
 from fastmaml.rl.learner import MetaRL, Update
 from fastmaml.rl.loop import Validation, fit_rl, restore
