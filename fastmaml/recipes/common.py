@@ -265,15 +265,16 @@ def train(experiment: Experiment) -> int:
         UserError: a setting, path or package is at fault, or training diverged.
     """
     from fastmaml.recipes.evaluation import Evaluate, evaluate
-    from fastmaml.recipes.folder import run_folder
+    from fastmaml.recipes.folder import check_folder, run_folder
 
-    run_dir = run_folder(experiment)
+    check_folder(experiment)
     with user_errors():
         experiment.check()
         learner = experiment.build()
         tasks = experiment.make_tasks("train", seed=experiment.seed)
         validation = experiment.validation() if experiment.validation_tasks else None
         optimizer = adam(learner.parameters(), experiment.meta_lr)
+        run_dir = run_folder(experiment)
         save_settings(experiment, run_dir)
     announce(experiment, learner.report, run_dir)
     result = _fit(experiment, learner, tasks, optimizer, validation, run_dir)

@@ -14,21 +14,43 @@ LOCKED_OUT |= {"resume", "tensorboard", "progress", "plots", "test_tasks"}
 """Settings that may change on resuming; the rest would change the run's bits."""
 
 
-def run_folder(experiment: Any) -> Path:
-    """The folder of a run: a new one, or that of the run to go on with."""
+def check_folder(experiment: Any) -> None:
+    """Refuses, before anything is built, a folder that a run can't go to.
+
+    Raises:
+        UserError: it holds another run, or none that goes on with these settings.
+    """
     if experiment.resume is not None:
         _check_resumed(experiment)
-        return Path(experiment.resume)
-    if experiment.out is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{experiment.name}-{stamp}"
-    path = Path(experiment.out)
-    if (path / SETTINGS).exists():
+    elif experiment.out is not None and (Path(experiment.out) / SETTINGS).exists():
         raise UserError(
-            f"--out {path} already holds a run: go on with it by --resume {path}, or "
-            "choose another folder"
+            f"--out {experiment.out} already holds a run: go on with it by --resume "
+            f"{experiment.out}, or choose another folder"
         )
-    return path
+
+
+def run_folder(experiment: Any) -> Path:
+    """The folder of a run: of the run to go on with, the one told, or a new one."""
+    told = experiment.out if experiment.resume is None else experiment.resume
+    return new_folder(Path("runs"), experiment.name) if told is None else Path(told)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Makes ``parent/name-DATE-TIME``, with a number behind it where that is taken.
+
+    Runs that start in the same second ask for the same name: whoever makes the folder
+    has it, and the next takes the next number.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    stamped = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = parent / stamped, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{stamped}-{number}"
 
 
 def _check_resumed(experiment: Any) -> None:
