@@ -32,6 +32,13 @@ def cache_dir(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is compiled once for all tests, also those of other workers."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Starts every test from the same random numbers, alone or in any order."""

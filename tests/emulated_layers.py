@@ -123,7 +123,9 @@ def pointers(tensors: list[Tensor | None]) -> Any:
 def build(folder: Path, *flags: str, source: Path = ROOT / "csrc") -> Driver:
     """The driver of layers and operations, with the kernels in ``source``."""
     kernels = [source / "cuda" / f"{name}.cu" for name in KERNELS]
-    return Driver(compile_driver("layers", kernels, folder, *flags, source=source))
+    library = compile_driver("layers", kernels, folder, *flags, source=source)
+    library.shuffle(ctypes.c_int64(0))  # whoever had it before may have left an order
+    return Driver(library)
 
 
 # -- layers ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import fastmaml, start, train
+from command import fastmaml, inside, start, train
 
 from fastmaml import cli
 from fastmaml.train import load_checkpoint
@@ -33,7 +33,7 @@ def sinusoid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("glyphs")
-    done = fastmaml(
+    done = inside(
         *train("glyphs", folder / "run", "--iterations", 6, "--log-every", 3),
         cwd=folder,
     )
@@ -79,7 +79,7 @@ def test_the_table_stands_beside_the_papers_figures(sinusoid: Path) -> None:
 def test_evaluate_takes_its_options(sinusoid: Path) -> None:
     words = ("--tasks", 15, "--steps", 2, "--shots", 7, "--queries", 9)
     words += ("--checkpoint", "last")
-    done = fastmaml("evaluate", sinusoid, *words, cwd=sinusoid.parent)
+    done = inside("evaluate", sinusoid, *words, cwd=sinusoid.parent)
     assert done.returncode == 0, done.stderr
     assert (
         "7-shot, this run" in done.stdout and "last.pt at iteration 30" in done.stdout
@@ -105,7 +105,7 @@ def test_image_rows_name_queries_trials_and_mode(glyphs: Path) -> None:
     assert "glyphs 5-way 1-shot accuracy in %, mean ± 95% over 6 tasks (test)" in out
     assert "1 query per class, transductive" in out
     words = ("--tasks", 4, "--inductive", "--subset", "val", "--queries", 2)
-    done = fastmaml("evaluate", glyphs, *words, cwd=glyphs.parent)
+    done = inside("evaluate", glyphs, *words, cwd=glyphs.parent)
     assert "over 4 tasks (val)" in done.stdout
     assert "2 queries per class, inductive" in done.stdout
     (row,) = json.loads((glyphs / "evaluation.json").read_text())["rows"]
@@ -125,7 +125,7 @@ def test_validation_and_accuracy_are_in_the_log(glyphs: Path) -> None:
 def test_plot_draws_again(glyphs: Path) -> None:
     for path in (glyphs / "plots").iterdir():
         path.unlink()
-    done = fastmaml("plot", glyphs, "--checkpoint", "last", cwd=glyphs.parent)
+    done = inside("plot", glyphs, "--checkpoint", "last", cwd=glyphs.parent)
     assert done.returncode == 0, done.stderr
     assert "task.png" in done.stdout and "learning_curve.png" in done.stdout
     assert (glyphs / "plots" / "task.png").stat().st_size > 10_000

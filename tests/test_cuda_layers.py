@@ -196,8 +196,8 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("float64", "float32"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("layers"))
+def driver(compiled):
+    return emulated.build(compiled)
 
 
 def bits(results: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("float64", "float32"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("operations"))
+def driver(compiled):
+    return emulated.build(compiled)
 
 
 def double(dtype) -> int:

@@ -76,8 +76,8 @@ BOUNDS = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("bilinear"))
+def library(compiled):
+    return emulated.build(compiled)
 
 
 def check(library, layer, options, bounds="float64 pass", values=None, want=None):

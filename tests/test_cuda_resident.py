@@ -49,8 +49,8 @@ few = pytest.mark.parametrize("problem", [SINUSOID, CLASSES, POLICY], ids=str)
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("resident"))
+def driver(compiled):
+    return emulated.build(compiled)
 
 
 def check(driver, c, dtype=torch.float64, rates=None, steps=2, **options):

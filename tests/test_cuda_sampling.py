@@ -34,8 +34,8 @@ KEY = 0xFEDCBA9876543210
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("sampling"))
+def driver(compiled):
+    return emulated.build(compiled)
 
 
 @pytest.mark.parametrize("plane", [0, 1])

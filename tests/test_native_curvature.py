@@ -18,6 +18,7 @@ from native_cases import (
     threads,
 )
 from problems import Problem
+from torch import nn
 
 from fastmaml import _native
 from fastmaml.engines import native_curvature
@@ -25,7 +26,17 @@ from fastmaml.engines.native import NativeEngine
 from fastmaml.models import gaussian_policy_mlp
 
 PRODUCTS = ("hvp", "gauss_newton_product")
+NORM_FIRST = Problem(
+    "norm-first",
+    lambda: nn.Sequential(
+        nn.LayerNorm(6), nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2)
+    ),
+    (6,),
+    2,
+)
+"""Its second layer's input moves, so that pass hands down an adjoint all the same."""
 CASES = [
+    NORM_FIRST,
     "omniglot-conv",
     "omniglot-fc",
     "layer-norm-space",

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from close import assert_close
 from engines import rates_of
 from native_cases import DTYPES, assert_same_bits, case, everything, native, threads
 from problems import Problem
@@ -56,6 +57,18 @@ def test_waves_of_any_number_of_threads_change_no_bit(tasks, dtype, factored):
     for count in (1, 2, 3, 5):
         with threads(count):
             assert_same_bits(gradients(engine, c, dtype), want)
+
+
+def test_waves_of_factored_layers_add_up():
+    """Without a gradient of the rates, which would rule factors out."""
+    c = large(22, factored=True)
+    found = {}
+    for backend in ("cpu", "cpu_lockstep"):
+        engine = native(c, backend=backend, memory="keep")
+        result = engine.meta_gradient(c.params, c.rates, c.tasks, steps=1)
+        found[backend] = {n: g.clone() for n, g in result.gradients.items()}
+        assert engine.plan.factored
+    assert_close(found["cpu"], found["cpu_lockstep"], "float64 chain", "factored waves")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

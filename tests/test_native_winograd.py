@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from close import assert_close
 from native_cases import case as case_of
-from native_cases import native
+from native_cases import native, threads
 from problem import Problem
 from torch import nn
 
@@ -38,3 +39,22 @@ def test_float32_errors_stay_within_a_few_roundings(size):
     got, want = results[torch.float32], results[torch.float64]
     error = (got - want).norm() / want.norm()
     assert 0 < error < MOST_EPS * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_gradient_summed_in_parts_lacks_none(count):
+    """Each part is of 256 tiles or more, here the last one of a layer of odd sizes."""
+    problem = Problem("winograd-parts", _strip, (16, 33, 31), 1)
+    c = case_of(problem, tasks=1, samples=4)
+    with threads(count):
+        x, y = c.tasks.support_x, c.tasks.support_y
+        got = native(c).value_and_grad(c.params, x, y)[1]["0.weight"][0]
+    loss = nn.functional.mse_loss(c.model(x[0]), y[0])
+    (want,) = torch.autograd.grad(loss, [c.model[0].weight])
+    assert_close(got, want, "float64 pass", problem.name)
+
+
+def _strip() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 33 * 31, 1)
+    )

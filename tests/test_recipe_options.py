@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import fastmaml, train
+from command import inside, train
 
 from fastmaml import _native, models
 from fastmaml.recipes import recipe
@@ -22,7 +22,7 @@ def _rates(run: Path) -> list[float]:
 
 def test_the_outer_rate_decays_along_a_cosine(tmp_path: Path) -> None:
     words = ("--iterations", 4, "--log-every", 1, "--meta-lr-decay", "cosine")
-    done = fastmaml(*train("sinusoid", tmp_path / "run", *words), cwd=tmp_path)
+    done = inside(*train("sinusoid", tmp_path / "run", *words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     half = 0.5**0.5
     want = [1e-3 * (1 + c) / 2 for c in (half, 0, -half, -1)]
@@ -31,7 +31,7 @@ def test_the_outer_rate_decays_along_a_cosine(tmp_path: Path) -> None:
 
 def test_the_outer_rate_is_constant_unless_asked(tmp_path: Path) -> None:
     words = ("--iterations", 3, "--log-every", 1)
-    done = fastmaml(*train("sinusoid", tmp_path / "run", *words), cwd=tmp_path)
+    done = inside(*train("sinusoid", tmp_path / "run", *words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert _rates(tmp_path / "run") == [1e-3] * 3
 
@@ -42,9 +42,9 @@ def test_only_a_constant_rate_lets_a_run_grow_longer(
 ) -> None:
     run = tmp_path / "run"
     words = ("--iterations", 3, "--meta-lr-decay", decay, "--no-plots")
-    assert fastmaml(*train("sinusoid", run, *words), cwd=tmp_path).returncode == 0
+    assert inside(*train("sinusoid", run, *words), cwd=tmp_path).returncode == 0
     more = ("train", "sinusoid", "--resume", run, "--iterations", 5)
-    done = fastmaml(*more, cwd=tmp_path)
+    done = inside(*more, cwd=tmp_path)
     if decay == "none":
         assert done.returncode == 0, done.stderr
     else:
@@ -82,7 +82,7 @@ def test_a_recorded_run_becomes_a_row_of_the_table(tmp_path: Path) -> None:
     from bench.results_table import row
 
     run = tmp_path / "run"
-    done = fastmaml(*train("sinusoid", run, "--iterations", 2), cwd=tmp_path)
+    done = inside(*train("sinusoid", run, "--iterations", 2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     options = argparse.Namespace(
         experiment="waves", published="0.67", command="fastmaml train", steps=[1]

@@ -184,6 +184,7 @@ def test_tables_show_the_papers_row_that_fits(
     row = {"ways": settings.ways, "shots": settings.shots, "tasks": 600}
     row |= {"queries": settings.ways, "subset": "test", "transductive": True}
     row |= {"accuracy": [0.2, 0.95], "accuracy_interval": [0.01, 0.004]}
+    row |= {"loss": [1.6, 0.2]}
     record = {"checkpoint": "best.pt", "iteration": 60_000, "rows": [row]}
     table = format_table(settings, record)
     assert "95.00 ± 0.40" in table and "1 query per class" in table

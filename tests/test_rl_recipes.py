@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import TINY, fastmaml, train
+from command import TINY, fastmaml, inside, train
 
 from fastmaml import cli
 from fastmaml.recipes import names, recipe
@@ -55,7 +55,7 @@ def test_presets_hold_the_papers_settings(
 def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--iterations", 2, "--method", method)
-    done = fastmaml(*train("navigation", run, *words), cwd=tmp_path)
+    done = inside(*train("navigation", run, *words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "evaluation.json").read_text())
     assert record["method"] == method and record["tasks"] == 4
@@ -70,7 +70,7 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
         method, set()
     )
     assert {p.name for p in (run / "plots").iterdir()} == pictures
-    again = fastmaml("evaluate", run, "--tasks", 3, "--seed", 1, cwd=tmp_path)
+    again = inside("evaluate", run, "--tasks", 3, "--seed", 1, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     other = json.loads((run / "evaluation.json").read_text())
     assert other["tasks"] == 3 and other["returns"] != record["returns"]
@@ -89,7 +89,7 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
 def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--iterations", 2, "--no-plots", *words)
-    done = fastmaml(*train("navigation", run, *more), cwd=tmp_path)
+    done = inside(*train("navigation", run, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_metrics(run) if row["kind"] == "train"]
     assert len(rows) == 2 and all(row["kl"] > 0 for row in rows)
@@ -153,9 +153,9 @@ def test_help_offers_the_presets_there_are(
 def test_supervised_options_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--iterations", 1, "--no-plots", "--test-tasks", 0)
-    assert fastmaml(*train("navigation", run, *words), cwd=tmp_path).returncode == 0
+    assert inside(*train("navigation", run, *words), cwd=tmp_path).returncode == 0
     for words in (("--inductive",), ("--shots", 5), ("--tasks", 1)):
-        done = fastmaml("evaluate", run, *words, cwd=tmp_path)
+        done = inside("evaluate", run, *words, cwd=tmp_path)
         assert done.returncode == 2 and words[0] in done.stderr
 
 
@@ -167,7 +167,7 @@ def test_a_locomotion_run(tmp_path: Path) -> None:
         *("--episodes", 2, "--horizon", 10, "--hidden", 8, "--validation-tasks", 0),
         *("--test-tasks", 3, "--no-tensorboard", "--threads", 1),
     )
-    done = fastmaml(*words, cwd=tmp_path)
+    done = inside(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "evaluation.json").read_text())
     assert len(record["returns"]) == 4 and record["horizon"] == 10
@@ -271,7 +271,7 @@ def test_a_recorded_run_becomes_a_row(tmp_path: Path) -> None:
         sys.path.pop(0)
     run = tmp_path / "run"
     words = ("--iterations", 1, "--no-plots")
-    assert fastmaml(*train("navigation", run, *words), cwd=tmp_path).returncode == 0
+    assert inside(*train("navigation", run, *words), cwd=tmp_path).returncode == 0
     options = argparse.Namespace(
         experiment="2D navigation", command="c", published="p", steps=[0, 1]
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastmaml.engines.base import StepMetrics
+
+DIVERGED = 1000.0
+"""An inner loop that multiplies the loss, or 1 where it is less, by more than this
+does not learn."""
 
 
 @dataclass
@@ -65,11 +71,12 @@ class Evaluation:
             "steps  loss" + " " * 17 + "accuracy" * (self.accuracy is not None),
         ]
         for k in range(len(self.loss)):
-            row = f"{k:5d}  {self.loss[k]:.4f} ± {self.loss_interval[k]:.4f}"
+            row = f"{k:5d}  {interval_of(self.loss[k], self.loss_interval[k], 4)}"
             if self.accuracy is not None and self.accuracy_interval is not None:
                 percent = 100 * self.accuracy[k], 100 * self.accuracy_interval[k]
                 row = f"{row:<28}{percent[0]:.2f}% ± {percent[1]:.2f}"
             rows.append(row)
+        rows += filter(None, [divergence(self.loss.tolist())])
         return "\n".join(row.rstrip() for row in rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +85,44 @@ class Evaluation:
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
+
+
+def interval_of(mean: Any, interval: Any, digits: int = 2) -> str:
+    """``mean ± interval`` in a few characters, whatever their size.
+
+    Args:
+        mean: a number; ``None`` for one that was not finite.
+        interval: likewise.
+        digits: of a usual number behind the point; large ones have one and an exponent.
+    """
+    if mean is None or not math.isfinite(mean):
+        return "diverged"
+    return f"{_short(mean, digits)} ± {_short(interval, digits)}"
+
+
+def _short(value: Any, digits: int) -> str:
+    if value is None or not math.isfinite(value):
+        return "inf"
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+def divergence(loss: Sequence[float | None]) -> str | None:
+    """Says that an inner loop diverged, and after how many steps; ``None`` if not.
+
+    Args:
+        loss: means after 0..K steps; ``None`` for one that was not finite.
+    """
+    finite = [value is not None and math.isfinite(value) for value in loss]
+    if not finite[0]:
+        return "diverged: the loss is not finite even before adapting"
+    bound = DIVERGED * max(loss[0] or 0.0, 1.0)
+    for steps, value in enumerate(loss):
+        after = f"diverged: after {steps} inner step{'s' * (steps > 1)} the loss is"
+        if value is None or not finite[steps]:
+            return f"{after} not finite"
+        if value > bound:
+            return f"{after} over {DIVERGED:g} times that before adapting"
+    return None
 
 
 def _mean(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,11 +169,6 @@ class Experiment(abc.ABC):
         return learner
 
 
-LOCKED_OUT = {"iterations", "threads", "data", "download", "checkpoint_every", "out"}
-LOCKED_OUT |= {"resume", "tensorboard", "progress", "plots", "test_tasks"}
-"""Settings that may change on resuming; the rest would change the run's bits."""
-
-
 def save_settings(experiment: Any, run_dir: Path) -> None:
     """Writes ``settings.json``, from which a run is resumed and evaluated."""
     import fastmaml
@@ -271,14 +265,16 @@ def train(experiment: Experiment) -> int:
         UserError: a setting, path or package is at fault, or training diverged.
     """
     from fastmaml.recipes.evaluation import Evaluate, evaluate
+    from fastmaml.recipes.folder import check_folder, run_folder
 
-    run_dir = run_folder(experiment)
+    check_folder(experiment)
     with user_errors():
         experiment.check()
         learner = experiment.build()
         tasks = experiment.make_tasks("train", seed=experiment.seed)
         validation = experiment.validation() if experiment.validation_tasks else None
         optimizer = adam(learner.parameters(), experiment.meta_lr)
+        run_dir = run_folder(experiment)
         save_settings(experiment, run_dir)
     announce(experiment, learner.report, run_dir)
     result = _fit(experiment, learner, tasks, optimizer, validation, run_dir)
@@ -338,43 +334,6 @@ def _fit(
         )
     except (DivergenceError, ValueError) as error:
         raise UserError(str(error)) from error
-
-
-def run_folder(experiment: Any) -> Path:
-    """The folder of a run: a new one, or that of the run to go on with."""
-    if experiment.resume is not None:
-        _check_resumed(experiment)
-        return Path(experiment.resume)
-    if experiment.out is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{experiment.name}-{stamp}"
-    path = Path(experiment.out)
-    if (path / SETTINGS).exists():
-        raise UserError(
-            f"--out {path} already holds a run: go on with it by --resume {path}, or "
-            "choose another folder"
-        )
-    return path
-
-
-def _check_resumed(experiment: Any) -> None:
-    before = load_experiment(str(experiment.resume))
-    if before.name != experiment.name:
-        raise UserError(
-            f"--resume {experiment.resume} is a run of {before.name}, not "
-            f"{experiment.name}: fastmaml train {before.name} --resume ..."
-        )
-    free = LOCKED_OUT
-    if getattr(before, "meta_lr_decay", "none") != "none":
-        free = LOCKED_OUT - {"iterations"}  # the rate's course depends on them
-    for field in dataclasses.fields(experiment):
-        was, now = getattr(before, field.name), getattr(experiment, field.name)
-        if was != now and field.name not in free:
-            option = field.name.replace("_", "-")
-            raise UserError(
-                f"--{option} was {was} in {experiment.resume} and can't become {now}: "
-                "a resumed run goes on as it began; start another run instead"
-            )
 
 
 def announce(experiment: Any, report: Any, run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastmaml.learners.base import Evaluation
+from fastmaml.learners.evaluation import divergence, interval_of
 from fastmaml.recipes.common import (
     Experiment,
     Subset,
@@ -152,8 +154,10 @@ def _row(
     return row
 
 
-def _numbers(values: Any) -> list[float]:
-    return [float(value) for value in values]
+def _numbers(values: Any) -> list[float | None]:
+    """As JSON can hold them: ``None`` for NaN and infinity."""
+    numbers = map(float, values)
+    return [value if math.isfinite(value) else None for value in numbers]
 
 
 def format_table(experiment: Experiment, record: dict[str, Any]) -> str:
@@ -172,28 +176,35 @@ def _sinusoid_table(record: dict[str, Any]) -> str:
     rows = record["rows"]
     last = len(rows[0]["loss"]) - 1
     steps = [k for k in sorted({0, 1, 5, 10, last}) if k <= last]
-    head = "".join(f"{_after(k):>15}" for k in steps)
+    cells = [
+        [interval_of(row["loss"][k], row["loss_interval"][k]) for k in steps]
+        for row in rows
+    ]
+    width = max(15, 2 + max(len(cell) for line in cells for cell in line))
+    head = "".join(f"{_after(k):>{width}}" for k in steps)
     lines = [
         f"sinusoid, mean-squared error after inner steps, mean ± 95% over "
         f"{rows[0]['tasks']} tasks of {rows[0]['queries']} queries",
         f"({_origin(record)})",
         f"{'':28}{head}",
     ]
-    for row in rows:
-        cells = (f"{row['loss'][k]:.2f} ± {row['loss_interval'][k]:.2f}" for k in steps)
+    for row, line in zip(rows, cells, strict=True):
         name = f"{row['shots']}-shot, this run"
-        lines.append(f"{name:28}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:28}" + "".join(f"{cell:>{width}}" for cell in line))
         if row["shots"] == 5:
-            lines += [_paper_line(who, known, steps) for who, known in _PAPER_ROWS]
+            lines += [_paper_line(*known, steps, width) for known in _PAPER_ROWS]
+    for row in rows:
+        if said := divergence(row["loss"]):
+            lines.append(f"{row['shots']}-shot {said}")
     return "\n".join(lines)
 
 
 _PAPER_ROWS = tuple(SINUSOID_PAPER.items())
 
 
-def _paper_line(who: str, known: dict[int, float], steps: list[int]) -> str:
+def _paper_line(who: str, known: dict[int, float], steps: list[int], width: int) -> str:
     cells = (f"{known[k]:.2f}       " if k in known else "" for k in steps)
-    return f"{'5-shot, ' + who:28}" + "".join(f"{cell:>15}" for cell in cells)
+    return f"{'5-shot, ' + who:28}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def _after(steps: int) -> str:
@@ -218,6 +229,8 @@ def _image_table(experiment: ImageExperiment, record: dict[str, Any]) -> str:
                 zip(row["accuracy"], row["accuracy_interval"], strict=True)
             )
         ]
+        if said := divergence(row["loss"]):
+            lines.append(f"  {said}")
         paper = experiment.paper_row(row["shots"])
         if paper is not None:
             lines.append(f"  {'paper':18} {paper}")

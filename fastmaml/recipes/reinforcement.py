@@ -17,10 +17,10 @@ from fastmaml.recipes.common import (
     UserError,
     announce,
     load_experiment,
-    run_folder,
     save_settings,
     user_errors,
 )
+from fastmaml.recipes.folder import check_folder, run_folder
 from fastmaml.recipes.rl_settings import VALIDATION_SEED, check_settings
 from fastmaml.rl.learner import MetaRL, Update
 from fastmaml.rl.loop import Validation, fit_rl, restore
@@ -234,13 +234,14 @@ def train(experiment: RLExperiment) -> int:
     """
     from fastmaml.recipes.rl_evaluation import evaluate_rl
 
-    run_dir = run_folder(experiment)
+    check_folder(experiment)
     with user_errors():
         experiment.check()
         with closed_on_error(experiment.make_rows(experiment.meta_batch)) as envs:
             learner = experiment.make_learner(envs)
             prepare_threads(experiment, learner.policy)
             validation = _validation(experiment, learner)
+            run_dir = run_folder(experiment)
             save_settings(experiment, run_dir)
     announce(experiment, learner.policy.report, run_dir)
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmaml.learners.evaluation import interval_of
 from fastmaml.recipes.common import UserError, load_experiment, user_errors
 from fastmaml.recipes.reinforcement import (
     TEST_SEED,
@@ -173,7 +174,7 @@ def format_returns(experiment: RLExperiment, record: dict[str, Any]) -> str:
     named[0] = "this run" if len(rows) == 1 else f"this run, {LABELS[record['method']]}"
     for name, row in zip(named, rows, strict=True):
         cells = (
-            f"{mean:.2f} ± {interval:.2f}"
+            interval_of(mean, interval)
             for mean, interval in zip(row["returns"], row["interval"], strict=True)
         )
         lines.append(f"{name:24}" + "".join(f"{cell:>17}" for cell in cells))

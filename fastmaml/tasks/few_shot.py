@@ -85,11 +85,8 @@ class FewShotImages(TaskSampler):
         self.outputs = ways
         self.channels_last = channels_last
         self._invert = invert
-        self._episodes: Any = None
         self._labels = torch.arange(ways, device=self.device)
-        if (core := native_core(self.device, dtype)) is not None:
-            single = dtype == torch.float32
-            self._episodes = core.few_shot_float32 if single else core.few_shot_float64
+        self._drawer = self._make_drawer()
         self._draw_by_kernels()
         if self._place is None:
             self._rows = _rows(images, self.rotations, invert, channels_last)
@@ -98,7 +95,7 @@ class FewShotImages(TaskSampler):
 
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """Returns the next ``tasks`` tasks of ``stream``."""
-        if self._episodes is None and self._place is None:
+        if self._drawer is None and self._place is None:
             return self._restated(tasks, stream)
         support, query = self.ways * self.shots, self.ways * self.queries
         pixels = math.prod(self.input_shape)
@@ -112,17 +109,23 @@ class FewShotImages(TaskSampler):
         if self._place is not None:
             self._launch(tasks, stream, made)
         else:
-            assert self._episodes is not None
+            assert self._drawer is not None
             places = _native.addresses((self._rows, *made))
             sizes = (self.classes, self.drawings, self.ways, self.shots, self.queries)
             first = stream.take(tasks)
-            self._episodes(stream.key, first, tasks, (*sizes, pixels), *places)
+            self._drawer(stream.key, first, tasks, (*sizes, pixels), *places)
         return batch_of(
             self._images(support_x, tasks),
             support_y,
             self._images(query_x, tasks),
             query_y,
         )
+
+    def _make_drawer(self) -> Any:
+        if (core := native_core(self.device, self.dtype)) is None:
+            return None
+        single = self.dtype == torch.float32
+        return core.few_shot_float32 if single else core.few_shot_float64
 
     def _launch(self, tasks: int, stream: TaskStream, made: tuple[Tensor, ...]) -> None:
         """By kernels, for which nobody waits."""

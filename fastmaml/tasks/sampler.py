@@ -59,6 +59,7 @@ class TaskSampler(abc.ABC):
     outputs: int
     _place: Placement | None  # of kernels that draw; None: the host draws
     _stream: TaskStream
+    _drawer: Any  # draws on the host, in the extension; None: Python draws
 
     def __init__(
         self,
@@ -74,6 +75,16 @@ class TaskSampler(abc.ABC):
         self.dtype = dtype
         self._stream = TaskStream(seed)
         self._place = None
+        self._drawer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is this process's own, so that others can be given a copy."""
+        return {**vars(self), "_drawer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, which draws with the extension of its own process."""
+        vars(self).update(state)
+        self._drawer = self._make_drawer()
 
     @abc.abstractmethod
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
@@ -161,6 +172,10 @@ class TaskSampler(abc.ABC):
             stream.move(state["key"], state["task"])  # where captured draws read it
         else:
             self._stream = TaskStream(state["key"], state["task"])
+
+    def _make_drawer(self) -> Any:
+        """What draws on the host in the extension, ``None`` if nothing does."""
+        return None
 
     def _draw_by_kernels(self) -> None:
         """Draws by the kernels of the device's backend, if it has any for tasks.

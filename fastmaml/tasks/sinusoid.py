@@ -65,19 +65,14 @@ class Sinusoid(TaskSampler):
         self.amplitude = _check_range("amplitude", amplitude)
         self.phase = _check_range("phase", phase)
         self.x = _check_range("x", x)
-        self._waves: Any = None
         self._sizes = support, queries
         self._like: tuple[int, Tensor, Tensor] | None = None
-        if (core := native_core(self.device, dtype)) is not None:
-            single = dtype == torch.float32
-            kind = core.SinusoidsFloat32 if single else core.SinusoidsFloat64
-            ranges = self.amplitude, self.phase, self.x
-            self._waves = kind(support, queries, *ranges)
+        self._drawer = self._make_drawer()
         self._draw_by_kernels()
 
     def draw(self, tasks: int, stream: TaskStream) -> TaskBatch:
         """Returns the next ``tasks`` tasks of ``stream``."""
-        if self._waves is None and self._place is None:
+        if self._drawer is None and self._place is None:
             return self._restated(tasks, stream)[0]
         return self._drawn(tasks, stream, 0, 0)
 
@@ -96,12 +91,19 @@ class Sinusoid(TaskSampler):
         return self._draw(check_count("tasks", tasks), self._fixed_stream(seed))
 
     def _draw(self, tasks: int, stream: TaskStream) -> tuple[TaskBatch, Tensor, Tensor]:
-        if self._waves is None and self._place is None:
+        if self._drawer is None and self._place is None:
             return self._restated(tasks, stream)
         waves = torch.empty((2, tasks), dtype=self.dtype, device=self.device)
         amplitude, phase = waves
         places = _native.addresses((amplitude, phase))
         return self._drawn(tasks, stream, *places), amplitude, phase
+
+    def _make_drawer(self) -> Any:
+        if (core := native_core(self.device, self.dtype)) is None:
+            return None
+        single = self.dtype == torch.float32
+        kind = core.SinusoidsFloat32 if single else core.SinusoidsFloat64
+        return kind(*self._sizes, self.amplitude, self.phase, self.x)
 
     def _drawn(
         self, tasks: int, stream: TaskStream, amplitudes: int, phases: int
@@ -126,7 +128,7 @@ class Sinusoid(TaskSampler):
             self._launch(tasks, stream, (*places, amplitudes, phases))
             return batch_of(*made)
         first = stream.take(tasks)
-        self._waves.draw(stream.key, first, tasks, places, amplitudes, phases)
+        self._drawer.draw(stream.key, first, tasks, places, amplitudes, phases)
         return batch_of(*made)
 
     def _launch(self, tasks: int, stream: TaskStream, places: tuple[int, ...]) -> None:

@@ -88,7 +88,9 @@ def figures(found: Evaluation) -> dict[str, list[float | None]]:
 
 def sentence(found: Evaluation) -> str:
     """An evaluation in a line."""
-    line = f"validation loss {found.loss[-1]:.4g}"
+    loss = float(found.loss[-1])
+    told = f"{loss:.4g}" if math.isfinite(loss) else "not finite (diverged)"
+    line = f"validation loss {told}"
     if found.accuracy is not None:
         line += f", accuracy {found.accuracy[-1]:.2%}"
     return f"{line} after {len(found.loss) - 1} steps, {found.tasks} tasks"
