@@ -157,7 +157,14 @@ def watch(
         layout: whether their sizes and gaps may not change either.
     """
     functions = [_ADDRESS, _IS_CONTIGUOUS, _NUMEL] if layout else [_ADDRESS]
-    return core().Watch(list(tensors), functions, list(attributes))
+    return core().Watch(list(tensors), functions, list(attributes), reader())
+
+
+@functools.cache
+def reader() -> Any:
+    """What reads tensors inside the extension; ``None`` if torch is older than 2.10."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return None if table is None else core().TensorReader(Tensor, table)
 
 
 def contiguous(tensors: Iterable[Tensor]) -> bool:
