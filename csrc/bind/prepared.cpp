@@ -147,7 +147,7 @@ class Prepared {
     call_.query.y = at<const void>(places[3]);
     call_.query_loss = metrics;
     call_.query_accuracy = metrics + call_.tasks * (call_.steps + 1);
-    plan_.loss = meta_gradient(call_, at<void>(workspace));
+    plan_.loss = meta_gradient(call_, plan_, at<void>(workspace));
   }
 
   // Plans anew after a change of threads, kernels or memory format.
