@@ -147,13 +147,16 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def watch(
-    tensors: Sequence[Tensor], attributes: Sequence[str] = (), *, layout: bool = True
+    tensors: Sequence[Tensor],
+    attributes: Sequence[tuple[Any, str]] = (),
+    *,
+    layout: bool = True,
 ) -> Any:
     """Returns what has a quick ``changed()``, for prepared calls.
 
     Args:
         tensors: whose addresses may not change.
-        attributes: of each of them, that must stay the same objects.
+        attributes: (owner, name) of what must stay the same object.
         layout: whether their sizes and gaps may not change either.
     """
     functions = [_ADDRESS, _IS_CONTIGUOUS, _NUMEL] if layout else [_ADDRESS]

@@ -20,15 +20,6 @@ long long number(const py::object& f, const py::object& o) {
   return n;
 }
 
-std::vector<ObjectWatch::Attribute> pairs(const std::vector<py::object>& objects,
-                                          const std::vector<py::str>& names) {
-  std::vector<ObjectWatch::Attribute> all;
-  for (const py::str& name : names) {
-    for (const py::object& o : objects) all.emplace_back(o, name);
-  }
-  return all;
-}
-
 }  // namespace
 
 ObjectWatch::ObjectWatch(const std::vector<Attribute>& same, const std::vector<Attribute>& equal,
@@ -62,11 +53,12 @@ bool ObjectWatch::changed() const {
 }
 
 Watch::Watch(const std::vector<py::object>& tensors, const std::vector<py::object>& functions,
-             const std::vector<py::str>& attributes, std::shared_ptr<TensorReader> reader)
+             const std::vector<ObjectWatch::Attribute>& attributes,
+             std::shared_ptr<TensorReader> reader)
     : tensors_(tensors),
       functions_(functions),
       reader_(std::move(reader)),
-      attributes_(pairs(tensors, attributes), {}, {}) {
+      attributes_(attributes, {}, {}) {
   dlpack::Tensor t;
   for (const py::object& o : tensors_) {
     if (!reader_ || !reader_->read(o.ptr(), t)) {
@@ -111,7 +103,7 @@ void define_watch(py::module_& m) {
       .def("changed", &ObjectWatch::changed);
   py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
       .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&,
-                    const std::vector<py::str>&, std::shared_ptr<TensorReader>>(),
+                    const std::vector<ObjectWatch::Attribute>&, std::shared_ptr<TensorReader>>(),
            py::arg("tensors"), py::arg("functions"), py::arg("attributes"),
            py::arg("reader").none(true))
       .def("changed", &Watch::changed);

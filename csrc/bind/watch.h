@@ -25,13 +25,14 @@ class ObjectWatch {
   std::vector<Place> same_, equal_, entries_;
 };
 
-// Where tensors are and how they lie, and which objects their attributes are.
+// Where tensors are and how they lie, and attributes that must stay the same objects.
 class Watch {
  public:
   // Without a reader (None), what functions return for the tensors (integers) stands for how they
   // lie.
   Watch(const std::vector<py::object>& tensors, const std::vector<py::object>& functions,
-        const std::vector<py::str>& attributes, std::shared_ptr<TensorReader> reader);
+        const std::vector<ObjectWatch::Attribute>& attributes,
+        std::shared_ptr<TensorReader> reader);
   bool changed() const;
 
  private:

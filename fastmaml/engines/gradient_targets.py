@@ -42,7 +42,7 @@ class GradientTargets:
         self._inputs = list(inputs)
         # overwriting and adding
         self._settled: tuple[Targets, Targets] | None = None
-        self._watches: tuple[Any, ...] = ()
+        self._changed: Any = None
         self._left: list[int] = []
         self._scratch: list[Tensor] | None = None
 
@@ -55,11 +55,13 @@ class GradientTargets:
 
     def settled(self, accumulate: bool) -> Targets | None:
         """Every ``.grad`` as it was at the last `settle`, if that is how it is now."""
-        for watch in self._watches:
-            if watch.changed():
-                self._settled, self._watches = None, ()
-                return None
-        return None if self._settled is None else self._settled[accumulate]
+        settled = self._settled
+        if settled is None:
+            return None
+        if self._changed():
+            self._settled = None
+            return None
+        return settled[accumulate]
 
     def settle(self) -> None:
         """Notes the ``.grad`` of all inputs if they stay and can be written to.
@@ -78,10 +80,8 @@ class GradientTargets:
         if len(gradients) == len(kept):
             scratch = [self._scratch_for(i) for i in range(len(kept))]
             self._settled = Targets(gradients), Targets(scratch, gradients)
-            self._watches = (
-                _native.watch(gradients),
-                _native.watch(self._inputs, ("grad", *_HOOKS), layout=False),
-            )
+            looks = [(p, name) for name in ("grad", *_HOOKS) for p in self._inputs]
+            self._changed = _native.watch(gradients, looks).changed
 
     def choose(self, accumulate: bool) -> tuple[Targets, list[Tensor | None]]:
         """Tensors to write the gradient into, and each ``.grad`` as it is now."""
