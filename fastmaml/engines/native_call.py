@@ -240,7 +240,8 @@ class PreparedCall:
             slopes = self._own.rates_to_model(self._slopes, self._rates)
             targets.written[-1].copy_(slopes)
         if targets.sums and not self._sums_here:
-            torch._foreach_add_(list(targets.sums), list(targets.written))
+            with torch.no_grad():
+                torch._foreach_add_(list(targets.sums), list(targets.written))
 
     def _in_order(self, x: Tensor, keep: list[Tensor]) -> tuple[Tensor, bool]:
         """Inputs without gaps, and whether their channels are last."""
