@@ -147,17 +147,27 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def watch(
-    tensors: Sequence[Tensor], attributes: Sequence[str] = (), *, layout: bool = True
+    tensors: Sequence[Tensor],
+    attributes: Sequence[tuple[Any, str]] = (),
+    *,
+    layout: bool = True,
 ) -> Any:
     """Returns what has a quick ``changed()``, for prepared calls.
 
     Args:
         tensors: whose addresses may not change.
-        attributes: of each of them, that must stay the same objects.
+        attributes: (owner, name) of what must stay the same object.
         layout: whether their sizes and gaps may not change either.
     """
     functions = [_ADDRESS, _IS_CONTIGUOUS, _NUMEL] if layout else [_ADDRESS]
-    return core().Watch(list(tensors), functions, list(attributes))
+    return core().Watch(list(tensors), functions, list(attributes), reader())
+
+
+@functools.cache
+def reader() -> Any:
+    """What reads tensors inside the extension; ``None`` if torch is older than 2.10."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return None if table is None else core().TensorReader(Tensor, table)
 
 
 def contiguous(tensors: Iterable[Tensor]) -> bool:

@@ -98,7 +98,8 @@ CallPlan call_meta_gradient(const bind::PlaceTuple& where, const Program& progra
   call.query_accuracy = at<double>(query_accuracy);
   return execute(
       call, plan_meta_gradient<S>,
-      [&](void* memory, CallPlan& plan) { plan.loss = meta_gradient(call, memory); }, workspace);
+      [&](void* memory, CallPlan& plan) { plan.loss = meta_gradient(call, plan, memory); },
+      workspace);
 }
 
 template <class S>

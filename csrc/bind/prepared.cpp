@@ -1,10 +1,11 @@
 // The meta-gradient of one learner on tasks of one shape: everything that stays the same from call
-// to call is kept here, so that a call passes the addresses of the samples and of its results.
+// to call is kept here, so that a call passes the addresses of the samples and of its results; or,
+// where tensors can be read here, the tasks alone.
 #include <array>
 
-#include "bind/arguments.h"
 #include "bind/backends.h"
 #include "bind/module.h"
+#include "bind/watch.h"
 
 namespace fm::bind {
 namespace {
@@ -32,17 +33,58 @@ class Prepared {
     call_.query.count = query;
   }
 
-  void set_parameters(const Addresses& addresses) {
+  // The watch, if there is one, tells when they are elsewhere.
+  void set_parameters(const Addresses& addresses, std::shared_ptr<Watch> watch) {
     call_.params = tensors<const S>(*call_.program, addresses, false);
+    watch_ = std::move(watch);
   }
 
   void set_rates(Address values) { call_.rates.values = at<const S>(values); }
 
-  // `rate_gradient` is 0 where none is wanted.
-  void set_gradients(const Addresses& addresses, Address rate_gradient) {
+  // `rate_gradient` is 0 where none is wanted. `sums` (from, to, elements) are what is added where
+  // when the gradient is there; host memory.
+  using Sums = std::vector<std::tuple<Address, Address, index_t>>;
+  void set_gradients(const Addresses& addresses, Address rate_gradient, const Sums& sums) {
     call_.gradients = tensors<S>(*call_.program, addresses, false);
     planned_ = planned_ && bool(call_.rate_gradient) == bool(rate_gradient);
     call_.rate_gradient = at<S>(rate_gradient);
+    sums_ = sums;
+  }
+
+  // Samples, x and y of the support and of the query, of the kind that `again` takes.
+  void expect(std::shared_ptr<TensorReader> reader, const std::array<py::object, 4>& samples) {
+    samples_.clear();
+    reader_ = std::move(reader);
+    dlpack::Tensor t;
+    for (const py::object& x : samples) {
+      if (!reader_->read(x.ptr(), t)) return samples_.clear();
+      samples_.emplace_back(t);
+    }
+  }
+
+  // As `run`, from the tensors themselves; None if the tasks are not as expected or have gaps, or
+  // if parameters have moved.
+  py::object again(const py::object& tasks, const py::object& loss, Address workspace,
+                   index_t bytes) {
+    // never freed: there may be no interpreter left by then
+    static PyObject* const names[] = {
+        PyUnicode_InternFromString("support_x"), PyUnicode_InternFromString("support_y"),
+        PyUnicode_InternFromString("query_x"), PyUnicode_InternFromString("query_y")};
+    if (samples_.empty() || !watch_ || watch_->changed()) return py::none();
+    std::array<Address, 5> places;
+    dlpack::Tensor t;
+    std::array<py::object, 4> kept;  // another thread may give the tasks' fields away
+    for (int i = 0; i < 4; ++i) {
+      kept[i] = py::reinterpret_steal<py::object>(PyObject_GetAttr(tasks.ptr(), names[i]));
+      if (!kept[i]) throw py::error_already_set();
+      if (!reader_->read(kept[i].ptr(), t) || !samples_[i].fits(t) || !Layout::contiguous(t)) {
+        return py::none();
+      }
+      places[i] = Layout::address(t);
+    }
+    if (!reader_->read(loss.ptr(), t)) return py::none();
+    places[4] = Layout::address(t);
+    return run(places, false, false, workspace, bytes);
   }
 
   // Loss and accuracy after the last step, means over tasks, and a bytearray of losses and
@@ -64,6 +106,10 @@ class Prepared {
       enough = plan_.bytes <= bytes;
       if (enough) {
         start({places[0], places[1], places[2], places[3]}, values, workspace);
+        for (const auto& [from, to, n] : sums_) {
+          const Rows<S> sum{at<S>(to), 0};
+          call_.backend->vector.add(1, n, {at<const S>(from), 0}, sum, call_.exec);
+        }
         *at<S>(places[4]) = S(plan_.loss);
         for (index_t t = 0; t < rows; ++t) accuracy += call_.query_accuracy[t * row + call_.steps];
       }
@@ -101,7 +147,7 @@ class Prepared {
     call_.query.y = at<const void>(places[3]);
     call_.query_loss = metrics;
     call_.query_accuracy = metrics + call_.tasks * (call_.steps + 1);
-    plan_.loss = meta_gradient(call_, at<void>(workspace));
+    plan_.loss = meta_gradient(call_, plan_, at<void>(workspace));
   }
 
   // Plans anew after a change of threads, kernels or memory format.
@@ -124,6 +170,10 @@ class Prepared {
   CallPlan plan_;
   BackendKind kind_ = BackendKind::cpu;
   bool planned_ = false;
+  Sums sums_;
+  std::shared_ptr<Watch> watch_;
+  std::shared_ptr<TensorReader> reader_;
+  std::vector<Layout> samples_;
 };
 
 template <class S>
@@ -134,9 +184,11 @@ void define(py::module_& m, const char* name) {
                     const std::vector<double>&, index_t, index_t, int, index_t,
                     const std::vector<std::uint8_t>&>(),
            py::keep_alive<1, 3>())
-      .def("set_parameters", &P::set_parameters)
+      .def("set_parameters", &P::set_parameters, py::arg("addresses"), py::arg("watch").none(true))
       .def("set_rates", &P::set_rates)
       .def("set_gradients", &P::set_gradients)
+      .def("expect", &P::expect)
+      .def("again", &P::again)
       .def("run", &P::run)
       .def("launch", &P::launch)
       .def_property_readonly("plan", [](const P& p) { return p.plan(); });

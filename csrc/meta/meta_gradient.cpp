@@ -360,7 +360,8 @@ class MetaGradient {
 
 template <class S>
 CallPlan plan_meta_gradient(const MetaCall<S>& call) {
-  const MetaPlan plan = make_plan(call);
+  auto made = std::make_shared<const MetaPlan>(make_plan(call));
+  const MetaPlan& plan = *made;
   const index_t size = sizeof(S);
   CallPlan result;
   result.slots = plan.slots;
@@ -371,15 +372,15 @@ CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   result.kept = plan.kept;
   result.resident = plan.resident.taken;
   result.factored = index_t(plan.factored.layers.size());
+  result.meta = std::move(made);
   return result;
 }
 
 template <class S>
-double meta_gradient(const MetaCall<S>& call, void* workspace) {
+double meta_gradient(const MetaCall<S>& call, const CallPlan& plan, void* workspace) {
   check_labels(call, call.support, "support_y");
   check_labels(call, call.query, "query_y");
-  const MetaPlan plan = make_plan(call);
-  MetaGradient<S>(call, plan, static_cast<S*>(workspace)).run();
+  MetaGradient<S>(call, *plan.meta, static_cast<S*>(workspace)).run();
   if (!call.backend->host_memory) return std::numeric_limits<double>::quiet_NaN();
   double loss = 0;
   for (index_t i = 0; i < call.tasks * (call.steps + 1); ++i) {
@@ -391,7 +392,7 @@ double meta_gradient(const MetaCall<S>& call, void* workspace) {
 
 template CallPlan plan_meta_gradient(const MetaCall<float>&);
 template CallPlan plan_meta_gradient(const MetaCall<double>&);
-template double meta_gradient(const MetaCall<float>&, void*);
-template double meta_gradient(const MetaCall<double>&, void*);
+template double meta_gradient(const MetaCall<float>&, const CallPlan&, void*);
+template double meta_gradient(const MetaCall<double>&, const CallPlan&, void*);
 
 }  // namespace fm

@@ -2,6 +2,7 @@
 // in the model's layout (channels first, PyTorch's weights), tasks first.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "program/backend.h"
@@ -104,24 +105,28 @@ struct ProductCall : Call<S> {
   bool filled = false;
 };
 
+struct MetaPlan;  // meta_plan.h
+
 // Bytes of workspace a call needs, and how they are made up.
 struct CallPlan {
-  index_t bytes = 0;         // the whole workspace
-  index_t slots = 0;         // tasks in work at once, or 1 for all of them in lockstep
-  index_t slot_bytes = 0;    // per slot
-  index_t shared_bytes = 0;  // parameters, rates and per-task results
-  index_t tape_bytes = 0;    // one support step's activations and adjoints
-  bool kept = false;         // activations kept over the steps
-  bool resident = false;     // each task done by one call of the backend
-  index_t factored = 0;      // layers whose adapted weights are never formed
-  double loss = 0;           // meta-gradient: sum_k w_k query loss, mean over tasks
+  index_t bytes = 0;                     // the whole workspace
+  index_t slots = 0;                     // tasks in work at once, or 1 for all of them in lockstep
+  index_t slot_bytes = 0;                // per slot
+  index_t shared_bytes = 0;              // parameters, rates and per-task results
+  index_t tape_bytes = 0;                // one support step's activations and adjoints
+  bool kept = false;                     // activations kept over the steps
+  bool resident = false;                 // each task done by one call of the backend
+  index_t factored = 0;                  // layers whose adapted weights are never formed
+  double loss = 0;                       // meta-gradient: sum_k w_k query loss, mean over tasks
+  std::shared_ptr<const MetaPlan> meta;  // meta-gradient: where everything is
 };
 
 template <class S>
 CallPlan plan_meta_gradient(const MetaCall<S>& call);
-// Returns the weighted query loss, mean over tasks; NaN where the host can't read the losses.
+// Returns the weighted query loss, mean over tasks; NaN where the host can't read the losses. The
+// plan is of this call, or of one that differs in addresses alone.
 template <class S>
-double meta_gradient(const MetaCall<S>& call, void* workspace);
+double meta_gradient(const MetaCall<S>& call, const CallPlan& plan, void* workspace);
 
 template <class S>
 CallPlan plan_adapt(const AdaptCall<S>& call);

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from fastmaml import _native
 from fastmaml.engines.base import Params, Rates
+from fastmaml.engines.gradient_targets import Targets
 from fastmaml.engines.layout import check_steps, step_weights
 from fastmaml.tasks.batch import TaskBatch
 
 Key = tuple[Any, ...]
-
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 # of three ways to make a tensor the quickest
 _EMPTY_LIKE = torch.empty_like
@@ -127,30 +126,64 @@ class PreparedCall:
             adapted,
         )
         self._watch: Any = None
-        self._gradients: Sequence[Tensor] = ()
-        self._gradient_places: list[int] = []
+        self._targets: Targets | None = None
+        self._target_places: tuple[list[int], list[int]] = ([], [])
+        self._sums_here = False
         self._scalar = torch.empty((), dtype=self._dtype)
+        self._space: Tensor | None = None
+        self._room = (0, 0)
+        if self._on_host and (reader := _native.reader()) is not None:
+            self._call.expect(reader, _samples(tasks))
+        # of the gradients, which are the learner's
+        self._counts = [p.numel() for p in params.values()]
+        if rate_gradient:
+            self._counts.append(rates.values.numel())
         # read in place: same dtype, same order, no gaps
         self._rates_in_place = own.reads_rates_in_place(rates, self._dtype)
         self._tensors.append(rates.values)
         self._slopes: Tensor | None = None
 
-    def run(self, tasks: TaskBatch, gradients: Sequence[Tensor]) -> Outcome:
+    def again(self, tasks: TaskBatch, targets: Targets) -> Outcome | None:
+        """As `run`, if all but the values is as at the last call; else ``None``.
+
+        Args:
+            tasks: checked here; any kind.
+            targets: those of the last call, whose tensors have not moved.
+
+        Raises:
+            ValueError: as `run` does.
+        """
+        engine = self.engine
+        loss = _EMPTY_LIKE(self._scalar)
+        with engine._lock:
+            if targets is not self._targets or not self._rates_in_place:
+                return None
+            space = engine._workspace
+            if space is not self._space:
+                self._room = _native.own_address(space), space.numel()
+                self._space = space
+            found = self._call.again(tasks, loss, *self._room)
+            if found is None:
+                return None
+            engine._plan = self._call
+        value, score, metrics = found
+        scores = score if self._classes else None
+        return Outcome(loss, value, scores, self._tasks, metrics)
+
+    def run(self, tasks: TaskBatch, targets: Targets) -> Outcome:
         """Writes the meta-gradient.
 
         Args:
             tasks: of the kind; any strides.
-            gradients: as the learner's parameters, then the rates if those are
-                learned: contiguous, of the parameters' shape and dtype. The sequence
-                of the last call again means that its tensors have not moved.
+            targets: as the learner's parameters, then the rates if those are learned.
+                The object of the last call again means that its tensors have not moved.
 
         Raises:
             ValueError: if labels are out of range; nothing is written then. On a GPU
                 the loss is NaN instead.
         """
         keep: list[Tensor] = []
-        support_x, support_y = tasks.support_x, tasks.support_y
-        query_x, query_y = tasks.query_x, tasks.query_y
+        support_x, support_y, query_x, query_y = _samples(tasks)
         support_last = query_last = False
         if not _native.contiguous((support_x, support_y, query_x, query_y)):
             support_x, support_last = self._in_order(support_x, keep)
@@ -158,16 +191,16 @@ class PreparedCall:
             support_y, query_y = support_y.contiguous(), query_y.contiguous()
         if not self._on_host:
             samples = (support_x, support_y, query_x, query_y)
-            return self._launch(samples, support_last, query_last, gradients, keep)
+            return self._launch(samples, support_last, query_last, targets, keep)
         loss = _EMPTY_LIKE(self._scalar)
         places = _native.addresses((support_x, support_y, query_x, query_y, loss))
         engine = self.engine
         with engine._lock:
-            self._place(gradients, keep)
+            self._place(targets, keep)
             value, score, metrics = engine._run_prepared(
                 self._call, places, support_last, query_last
             )
-            self._finish(gradients)
+            self._finish(targets)
         scores = score if self._classes else None
         return Outcome(loss, value, scores, self._tasks, metrics)
 
@@ -176,7 +209,7 @@ class PreparedCall:
         samples: tuple[Tensor, ...],
         support_last: bool,
         query_last: bool,
-        gradients: Sequence[Tensor],
+        targets: Targets,
         keep: list[Tensor],
     ) -> Outcome:
         """As `run`, without waiting for the results."""
@@ -185,7 +218,7 @@ class PreparedCall:
             self._shape, torch.nan, dtype=torch.float64, device=engine._device
         )
         with engine._lock:
-            self._place(gradients, keep)
+            self._place(targets, keep)
             engine._launch_prepared(
                 self._call,
                 _native.addresses(samples),
@@ -193,16 +226,22 @@ class PreparedCall:
                 query_last,
                 metrics,
             )
-            self._finish(gradients)
+            self._finish(targets)
         loss = weighted_loss(metrics[0], self._weights).to(self._dtype)
         scores = math.nan if self._classes else None
         return Outcome(loss, math.nan, scores, self._tasks, metrics)
 
-    def _finish(self, gradients: Sequence[Tensor]) -> None:
-        """The gradient of the rates in the model's order, where that is another."""
+    def _finish(self, targets: Targets) -> None:
+        """What the extension leaves to do.
+
+        The gradient of the rates in the model's order, where that is another, and sums.
+        """
         if self._slopes is not None:
             slopes = self._own.rates_to_model(self._slopes, self._rates)
-            gradients[-1].copy_(slopes)
+            targets.written[-1].copy_(slopes)
+        if targets.sums and not self._sums_here:
+            with torch.no_grad():
+                torch._foreach_add_(list(targets.sums), list(targets.written))
 
     def _in_order(self, x: Tensor, keep: list[Tensor]) -> tuple[Tensor, bool]:
         """Inputs without gaps, and whether their channels are last."""
@@ -214,26 +253,31 @@ class PreparedCall:
         keep.append(x)
         return x, False
 
-    def _place(self, gradients: Sequence[Tensor], keep: list[Tensor]) -> None:
+    def _place(self, targets: Targets, keep: list[Tensor]) -> None:
         """Hands over the addresses that differ from those of the last call."""
         own, rates, dtype = self._own, self._rates, self._dtype
         if self._watch is None or self._watch.changed():
             copies: list[Tensor] = []
-            self._call.set_parameters(own.addresses(self._params, dtype, 1, copies)[0])
-            self._call.set_rates(own.rates(rates, dtype, keep)[0])
-            self._rates_in_place = own.reads_rates_in_place(rates, dtype)
+            places = own.addresses(self._params, dtype, 1, copies)[0]
             # copies are made anew at every call
             self._watch = None if copies else _native.watch(self._tensors)
+            self._call.set_parameters(places, self._watch)
+            self._call.set_rates(own.rates(rates, dtype, keep)[0])
+            in_place = own.reads_rates_in_place(rates, dtype)
+            if in_place != self._rates_in_place:
+                self._rates_in_place = in_place
+                self._targets, self._target_places = None, ([], [])
             keep += copies
         elif not self._rates_in_place:
             self._call.set_rates(own.rates(rates, dtype, keep)[0])
-        if gradients is not self._gradients:
-            places = _native.addresses(gradients)
-            self._gradients = gradients
-            if places != self._gradient_places:
-                self._place_gradients(places)
+        if targets is not self._targets:
+            places = _native.addresses(targets.written)
+            sums = _native.addresses(targets.sums)
+            self._targets = targets
+            if (places, sums) != self._target_places:
+                self._place_targets(places, sums)
 
-    def _place_gradients(self, places: list[int]) -> None:
+    def _place_targets(self, places: list[int], sums: list[int]) -> None:
         slopes = 0
         self._slopes = None
         if self._rate_gradient:
@@ -242,8 +286,18 @@ class PreparedCall:
                 count = self._rates.values.numel()
                 self._slopes = self.engine._empty((count,), self._dtype)
                 slopes = _native.own_address(self._slopes)
-        self._call.set_gradients([places[i] for i in self._order], slopes)
-        self._gradient_places = places
+        self._sums_here = self._on_host and self._slopes is None
+        added = zip(places, sums, self._counts, strict=True) if sums else ()
+        self._call.set_gradients(
+            [places[i] for i in self._order],
+            slopes,
+            [*added] if self._sums_here else [],
+        )
+        self._target_places = places, sums
+
+
+def _samples(tasks: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
 
 
 def weighted_loss(losses: Tensor, weights: Sequence[float]) -> Tensor:
@@ -258,98 +312,3 @@ def weighted_loss(losses: Tensor, weights: Sequence[float]) -> Tensor:
     for k in used:
         total = total + losses[:, k].mean() * weights[k]
     return total
-
-
-class GradientTargets:
-    """Where a meta-gradient goes: the ``.grad`` of a learner's parameters.
-
-    Args:
-        inputs: the parameters, learned rates included.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = list(inputs)
-        self._settled: list[Tensor] = []
-        self._watches: tuple[Any, ...] = ()
-        self._scratch: list[Tensor] | None = None
-
-    def hooked(self) -> bool:
-        """Whether somebody waits for autograd to arrive at a parameter."""
-        for p in self._inputs:
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                return True
-        return False
-
-    def settled(self) -> list[Tensor] | None:
-        """Every ``.grad`` as it was at the last `settle`, if that is how it is now."""
-        for watch in self._watches:
-            if watch.changed():
-                self._watches = ()
-                return None
-        return self._settled if self._watches else None
-
-    def settle(self) -> None:
-        """Notes the ``.grad`` of all inputs if the engine can write there."""
-        kept = [p.grad for p in self._inputs]
-        if all(
-            g is not None and _plain(g, p) and _quiet(p)
-            for g, p in zip(kept, self._inputs, strict=True)
-        ):
-            self._settled = kept  # type: ignore[assignment]
-            self._watches = (
-                _native.watch(self._settled),
-                _native.watch(self._inputs, ("grad", *_HOOKS), layout=False),
-            )
-
-    def choose(self, accumulate: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Tensors to write the gradient into, and each ``.grad`` as it is now."""
-        now = [p.grad for p in self._inputs]
-        targets = []
-        for i, (p, gradient) in enumerate(zip(self._inputs, now, strict=True)):
-            if gradient is None:
-                targets.append(fresh(p))
-            elif accumulate or not _plain(gradient, p):
-                targets.append(self._scratch_for(i))
-            else:
-                targets.append(gradient)
-        return targets, now
-
-    def deliver(
-        self, targets: list[Tensor], before: list[Tensor | None], accumulate: bool
-    ) -> None:
-        """Puts what was written where it belongs."""
-        inputs = self._inputs
-        with torch.no_grad():
-            for p, target, gradient in zip(inputs, targets, before, strict=True):
-                if gradient is None:
-                    p.grad = target
-                elif gradient is not target and accumulate:
-                    gradient.add_(target)
-                elif gradient is not target:
-                    gradient.copy_(target)
-
-    def _scratch_for(self, i: int) -> Tensor:
-        if self._scratch is None:
-            self._scratch = [fresh(p) for p in self._inputs]
-        return self._scratch[i]
-
-
-def fresh(p: Tensor) -> Tensor:
-    """A new tensor, contiguous, as the parameter."""
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
-
-
-def _quiet(p: Tensor) -> bool:
-    """Whether no hook was ever on a parameter: lists of hooks would change unseen."""
-    return all(getattr(p, name) is None for name in _HOOKS)
-
-
-def _plain(gradient: Tensor, p: Tensor) -> bool:
-    """Whether the engine can write here."""
-    return (
-        gradient.layout == torch.strided
-        and gradient.device == p.device
-        and gradient.dtype == p.dtype
-        and gradient.shape == p.shape
-        and gradient.is_contiguous()
-    )

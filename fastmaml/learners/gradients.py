@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastmaml.engines.native_call import GradientTargets, fresh, tasks_key
+from fastmaml.engines.gradient_targets import GradientTargets, Targets, fresh
+from fastmaml.engines.native_call import Outcome, tasks_key
 from fastmaml.learners.checks import check_batch
 from fastmaml.learners.details import MetaLossDetails
 from fastmaml.tasks.batch import TaskBatch
@@ -44,14 +45,16 @@ class Gradients:
         if call is None:
             return self._plainly(tasks)
         gradients = [fresh(p) for p in self._inputs]
-        return self._run(call, tasks, gradients), gradients
+        return self._run(call, tasks, Targets(gradients)), gradients
 
     def write(self, tasks: TaskBatch, accumulate: bool) -> Tensor:
         """Puts the gradients into ``.grad`` and returns the meta-loss."""
         targets = self._targets
-        if not accumulate and (settled := targets.settled()) is not None:
-            call = self._prepared(tasks)
-            if call is not None:
+        settled = targets.settled(accumulate)
+        if settled is not None:
+            if (loss := self._again(tasks, settled)) is not None:
+                return loss
+            if (call := self._prepared(tasks)) is not None:
                 return self._run(call, tasks, settled)
         if targets.hooked():
             return self._by_autograd(tasks, accumulate)
@@ -62,10 +65,28 @@ class Gradients:
             return loss
         chosen, before = targets.choose(accumulate)
         loss = self._run(call, tasks, chosen)
-        targets.deliver(chosen, before, accumulate)
-        if not accumulate:
-            targets.settle()
+        targets.deliver(chosen.written, before, accumulate)
+        targets.settle()
         return loss
+
+    def _again(self, tasks: TaskBatch, targets: Targets) -> Tensor | None:
+        """The last call once more; ``None`` unless the tasks are of its kind."""
+        learner, call = self._learner, self._call
+        if (
+            call is None
+            or call.engine is not learner._engine
+            or learner.settings is not self._settings
+        ):
+            return None
+        try:
+            found = call.again(tasks, targets)
+        except AttributeError:
+            check_batch(tasks)
+            raise
+        except ValueError:
+            learner._admit_tasks(tasks)
+            raise
+        return None if found is None else self._noted(found)
 
     def _prepared(self, tasks: TaskBatch) -> Any:
         """The call for tasks of this kind; ``None`` if the engine prepares none."""
@@ -103,13 +124,17 @@ class Gradients:
         self._key = key
         return call
 
-    def _run(self, call: Any, tasks: TaskBatch, gradients: Sequence[Tensor]) -> Tensor:
+    def _run(self, call: Any, tasks: TaskBatch, targets: Targets) -> Tensor:
         learner = self._learner
         try:
-            found = call.run(tasks, gradients)
+            found = call.run(tasks, targets)
         except ValueError:
             learner._admit_tasks(tasks)  # which says it in the learner's words
             raise
+        return self._noted(found)
+
+    def _noted(self, found: Outcome) -> Tensor:
+        learner = self._learner
         metrics = found.metrics
         there = None if isinstance(metrics, bytearray) else found.loss
         learner.last = MetaLossDetails.lazily(

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
+
+from fastmaml import _native
+
+Attribute = tuple[Any, str]
+Entry = tuple[dict[str, Any], str]
 
 
 class ModelWatch:
@@ -10,29 +18,56 @@ class ModelWatch:
 
     Values may change at any time, engines read them afresh. Replaced parameters,
     another dtype or device, frozen parameters and switched modes need a new engine.
-    The check costs about a microsecond for a small model, cheap enough for each call.
+    The check costs less than a microsecond for a small model, cheap enough for each
+    call.
+
+    Attributes:
+        changed: whether the model needs a new engine.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._slots = [
-            (module._parameters, key, p, p.requires_grad)
+        slots = [
+            (module._parameters, key, p)
             for module in modules
             for key, p in module._parameters.items()
             if p is not None
         ]
-        self._modes = [(module, module.training) for module in modules]
-        first = self._slots[0][2] if self._slots else None
-        self._first = first
-        self._kind = (first.dtype, first.device) if first is not None else None
+        same: list[Attribute] = [(p, "requires_grad") for _, _, p in slots]
+        same += [(module, "training") for module in modules]
+        equal: list[Attribute] = []
+        if slots:
+            first = slots[0][2]
+            same.append((first, "dtype"))
+            equal.append((first, "device"))  # a new object each time
+        entries: list[Entry] = [(slot, key) for slot, key, _ in slots]
+        kind = PythonWatch if _native.unavailable() else _native.core().ObjectWatch
+        self.changed = kind(same, equal, entries).changed
+
+
+class PythonWatch:
+    """The extension's `ObjectWatch` where there is no extension.
+
+    Args:
+        same: attributes that must stay the same objects.
+        equal: attributes that must stay equal.
+        entries: of dictionaries, that must stay the same objects.
+    """
+
+    def __init__(
+        self,
+        same: Sequence[Attribute],
+        equal: Sequence[Attribute],
+        entries: Sequence[Entry],
+    ) -> None:
+        self._same = [(o, name, getattr(o, name)) for o, name in same]
+        self._equal = [(o, name, getattr(o, name)) for o, name in equal]
+        self._entries = [(d, key, d[key]) for d, key in entries]
 
     def changed(self) -> bool:
-        """Whether the model needs a new engine."""
-        for slot, key, p, trainable in self._slots:
-            if slot.get(key) is not p or p.requires_grad is not trainable:
-                return True
-        for module, mode in self._modes:
-            if module.training is not mode:
-                return True
-        first = self._first
-        return first is not None and (first.dtype, first.device) != self._kind
+        """Whether one of them is another."""
+        return (
+            any(d.get(key) is not value for d, key, value in self._entries)
+            or any(getattr(o, name) is not value for o, name, value in self._same)
+            or any(getattr(o, name) != value for o, name, value in self._equal)
+        )

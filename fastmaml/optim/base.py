@@ -44,7 +44,7 @@ class Prepared:
         if self.settled:
             gradients = [g for g in self.gradients if g is not None]
             self.watches = [
-                _native.watch(self.params, ["grad"]),
+                _native.watch(self.params, [(p, "grad") for p in self.params]),
                 _native.watch(gradients),
                 _native.watch(self.states, layout=False),
             ]

@@ -89,7 +89,7 @@ void write(std::ofstream& out, const char* name, const fm::Program& program, ind
   const fm::CallPlan plan = fm::plan_meta_gradient(call);
   std::vector<char> memory(plan.bytes + 64);
   void* workspace = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64);
-  out << name << " loss " << fm::meta_gradient(call, workspace) << "\n";
+  out << name << " loss " << fm::meta_gradient(call, plan, workspace) << "\n";
   for (const auto& g : gradients) {
     for (S value : g) out << name << " gradient " << double(value) << "\n";
   }
