@@ -55,6 +55,7 @@
 #include "cpu/rows.inl.h"
 #include "cpu/row_tree.inl.h"
 #include "cpu/resident_plan.inl.h"
+#include "cpu/resident_products.inl.h"
 #include "cpu/resident.inl.h"
 // clang-format on
 

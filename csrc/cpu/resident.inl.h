@@ -57,14 +57,7 @@ class Resident {
     index_t count;
   };
 
-  // out = base + factor * rate (.) g, for w^T only if `both`, unless there is no other
-  struct Target {
-    S* out;
-    const S* base;
-    S factor;
-    const S* rates;  // [segments], null: 1
-    bool both;
-  };
+  using Target = ParameterTarget;
 
   Batch support() const { return {task_.support_x, task_.support_y, call_.support}; }
   Batch query() const { return {task_.query_x, task_.query_y, call_.query}; }
@@ -141,14 +134,11 @@ class Resident {
         s.activation->slope(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a, tape + s.da,
                             tape + s.d);
       }
-      if (const Stage* p = before(l)) {
-        Operands pairs;
-        pairs.add(tape + s.d, theta + s.wt);
-        adjoint_product(s, pairs, batch.count, p->relu ? tape + p->a : nullptr, tape + p->da);
-      }
-      Operands pairs;
-      pairs.add(input(before(l), batch, tape), tape + s.d);
-      update(s, pairs, batch.count, tape + s.d, target);
+      const Stage* p = before(l);
+      Operands adjoint, pairs;
+      if (p) adjoint.add(tape + s.d, theta + s.wt);
+      pairs.add(input(p, batch, tape), tape + s.d);
+      backward_products(s, p, adjoint, pairs, batch.count, p ? tape + p->da : nullptr, target);
     }
   }
 
@@ -178,81 +168,15 @@ class Resident {
         s.activation->curve(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a,
                             tangent + s.tz, tape + s.da, tangent + s.tda, tangent + s.td);
       }
+      Operands adjoint, pairs;
       if (p) {
-        Operands pairs;
-        pairs.add(tangent + s.td, theta + s.wt);
-        pairs.add(tape + s.d, still(s) ? nullptr : v + s.wt);
-        adjoint_product(s, pairs, batch.count, p->relu ? tape + p->a : nullptr, tangent + p->tda);
+        adjoint.add(tangent + s.td, theta + s.wt);
+        adjoint.add(tape + s.d, still(s) ? nullptr : v + s.wt);
       }
-      Operands pairs;
       pairs.add(input(p, batch, tape), tangent + s.td);
       pairs.add(p ? tangent + p->ta : nullptr, tape + s.d);
-      update(s, pairs, batch.count, tangent + s.td, target);
+      backward_products(s, p, adjoint, pairs, batch.count, p ? tangent + p->tda : nullptr, target);
     }
-  }
-
-  // c [N, out_row] = bias + x w summed over pairs of x and a set of parameters
-  static void forward_product(const Stage& s, Operands pairs, const S* bias, index_t count,
-                              bool relu, const S* mask, S* c) {
-    for (int i = 0; i < pairs.count; ++i) pairs.pair[i].other += s.single() ? s.wt : s.w;
-    if (s.single()) return dots(s, pairs, bias, count, c);
-    RowsProduct product{count, s.out_row, s.in, pairs, s.in_row, 1, c, {}};
-    product.epilogue.start = bias;
-    product.epilogue.relu = relu;
-    product.epilogue.mask = mask;
-    rows_product<false>(product);
-  }
-
-  // as many samples at a time as a vector has lanes
-  static void dots(const Stage& s, const Operands& pairs, const S* bias, index_t count, S* c) {
-    const V start = splat(bias ? *bias : S(0));
-    for (index_t first = 0; first < count; first += kLanes) {
-      const index_t samples = min_of(kLanes, count - first);
-      V sums[kLanes] = {};
-      for (int i = 0; i < pairs.count; ++i) {
-        const S *x = pairs.pair[i].src + first * s.in_row, *w = pairs.pair[i].other;
-        for_columns(s.in, [&](auto lanes, index_t k) {
-          const V weight = lanes.get(w + k);
-          for (index_t n = 0; n < samples; ++n) sums[n] += lanes.get(x + n * s.in_row + k) * weight;
-        });
-      }
-      sum_each<int(kLanes) / 2>(sums);
-      S values[kLanes];
-      store(values, start + sums[0]);
-      for (index_t n = 0; n < samples; ++n) c[(first + n) * s.out_row] = values[n];
-    }
-  }
-
-  // c [N, in_row] = d w^T summed over pairs
-  static void adjoint_product(const Stage& s, const Operands& pairs, index_t count, const S* mask,
-                              S* c) {
-    RowsProduct product{count, s.in_row, s.out, pairs, s.out_row, 1, c, {}};
-    product.epilogue.mask = mask;
-    rows_product<false>(product);
-  }
-
-  // The target's w, w^T and b from pairs of x and d; `sums` [N, out_row] add up to db.
-  void update(const Stage& s, const Operands& pairs, index_t count, const S* sums,
-              const Target& t) const {
-    const auto factor = [&](index_t i) {
-      return t.rates ? t.factor * t.rates[s.layer->segment + i] : t.factor;
-    };
-    if (!s.single()) {
-      RowsProduct w{s.in, s.out_row, count, pairs, 1, s.in_row, t.out + s.w, {}};
-      w.epilogue.base = t.base ? t.base + s.w : nullptr;
-      w.epilogue.scale = factor(0);
-      rows_product<true>(w);
-    }
-    if (s.single() || (t.both && &s != at_.stages)) {
-      Operands swapped;
-      for (int i = 0; i < pairs.count; ++i) swapped.add(pairs.pair[i].other, pairs.pair[i].src);
-      RowsProduct wt{s.out, s.in_row, count, swapped, 1, s.out_row, t.out + s.wt, {}};
-      wt.epilogue.base = t.base ? t.base + s.wt : nullptr;
-      wt.epilogue.scale = factor(0);
-      rows_product<true>(wt);
-    }
-    if (!s.layer->has_bias) return;
-    sum_rows(sums, count, s.out_row, t.base ? t.base + s.b : nullptr, factor(1), t.out + s.b);
   }
 
   // Calls body(n, z, place of its adjoint, target) for every sample.
@@ -297,7 +221,10 @@ class Resident {
     S* tdz = tangent + last().tda;
     const index_t outputs = last().out;
     if (program.loss() == LossKind::squared_error) {
-      for (index_t i = 0; i < batch.count * last().out_row; ++i) tdz[i] = S(2) * scale * tz[i];
+      const V factor = splat(S(2) * scale);
+      for (index_t i = 0; i < batch.count * last().out_row; i += kLanes) {
+        store(tdz + i, factor * load(tz + i));
+      }
     } else if (program.loss() == LossKind::gaussian_policy) {
       each_sample<S>(batch, Reinforce::target_size(outputs), [&](index_t i, const S* y) {
         Reinforce::hessian(z + i, y, tz + i, outputs, scale, tdz + i);

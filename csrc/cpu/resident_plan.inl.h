@@ -3,7 +3,8 @@
 // A program is resident if it is a chain of stages, each a linear layer of vectors and at most one
 // activation, whose task takes a small slot. Parameters are kept twice, as w [in, out] for products
 // with samples and as w^T [out, in] for adjoints; rows are padded to (half) vectors (rows.inl.h). A
-// stage with one output has w^T alone; the first stage, whose input needs no adjoint, has w alone.
+// stage with one output has w^T alone, and if it is the last one, rows of one element; the first
+// stage, whose input needs no adjoint, has w alone.
 // Paddings hold nothing that reaches a real element.
 
 namespace FM_KERNELS {
@@ -133,7 +134,7 @@ struct Residence {
     for (int l = 0; l < depth; ++l) {
       Stage& s = stages[l];
       s.in_row = l > 0 ? stages[l - 1].out_row : s.in;
-      s.out_row = padded_row(s.out);
+      s.out_row = s.single() && l == depth - 1 ? 1 : padded_row(s.out);
       s.w = set.take(s.single() ? 0 : s.in * s.out_row);
       s.wt = set.take(l > 0 ? s.out * s.in_row : 0);
       s.b = set.take(s.out_row);

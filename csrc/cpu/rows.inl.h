@@ -4,10 +4,13 @@
 //
 // as in dense.inl.h, but without masks: the padding of b is read and that of c is written, whatever
 // it holds. A tile is up to kRowsTile rows by whole rows of c's block: two vectors, or the last
-// ones of a row and a half vector. The half vectors of two rows share a register, so that 40
-// columns take two and a half multiply-adds a row instead of three.
+// ones of a row and a half vector. Two half vectors share a register lane by lane, so that one
+// broadcast of two neighbours in a multiplies both: those of two rows where rows are adjacent, of
+// two steps of k where steps are. So 40 columns take two and a half multiply-adds a row instead of
+// three, and no blends, which would take turns with them (bench/workshop/008).
 //
-// Every element is one chain of fused multiply-adds over k, whichever tile it falls to.
+// Every element is one chain of fused multiply-adds over k, or in a half vector over two steps two
+// chains, one of even and one of odd k, whichever tile it falls to.
 
 namespace FM_KERNELS {
 
@@ -20,6 +23,9 @@ constexpr index_t kRowUnit = kLanes;
 // Elements from row to row of a padded matrix.
 FM_INLINE index_t padded_row(index_t columns) { return align_up(columns, kRowUnit); }
 
+using AllLanes = std::make_integer_sequence<int, int(kLanes)>;
+typedef double UnalignedDouble __attribute__((aligned(sizeof(S)), may_alias));
+
 struct RowsProduct {
   index_t rows, columns, depth;  // columns: padded, also the rows of b and c
   Operands operands;             // (a, b)
@@ -28,10 +34,14 @@ struct RowsProduct {
   Epilogue epilogue;
 };
 
-// Two half vectors in one: `low` is row 2i, `high` row 2i + 1.
+// Two half vectors in one: `low` is row 2i, `high` row 2i + 1. Where there are no half vectors,
+// nothing of this is called.
 #if defined(__AVX512F__)
 FM_INLINE V half_twice(const S* p) {
   return V(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(p))));
+}
+FM_INLINE V load_half(const S* p) {
+  return V(_mm512_zextpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(p))));
 }
 FM_INLINE V half_pair(const S* low, const S* high) {
   const __m512d v = _mm512_castpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(low)));
@@ -43,16 +53,76 @@ FM_INLINE void put_low(S* p, V v) {
 FM_INLINE void put_high(S* p, V v) {
   _mm256_storeu_pd(reinterpret_cast<double*>(p), _mm512_extractf64x4_pd(__m512d(v), 1));
 }
-FM_INLINE V merge_halves(V low, V high) {
-  return V(_mm512_mask_blend_pd(0xf0, __m512d(low), __m512d(high)));
+// p[0] and p[1] in turn.
+FM_INLINE V splat_two(const S* p) {
+  if constexpr (sizeof(S) == 4) {
+    return V(_mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const UnalignedDouble*>(p))));
+  } else {
+    return V(_mm512_broadcast_f64x2(_mm_loadu_pd(reinterpret_cast<const double*>(p))));
+  }
+}
+// Each lane of the lower half twice, and even lanes into the lower half, odd ones into the upper.
+template <int... I>
+FM_INLINE V lanes_twice(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I / 2)...);
+}
+template <int... I>
+FM_INLINE V lanes_to_halves(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I * 2 % int(kLanes) + I * 2 / int(kLanes))...);
+}
+// The lower halves of a and b, lane by lane.
+template <int... I>
+FM_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * int(kLanes))...);
+}
+// Sums of two neighbouring lanes, those of `low` in the lower half.
+template <int... I>
+FM_INLINE V add_neighbours(V low, V high, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(low, high, (2 * I)...) +
+         __builtin_shufflevector(low, high, (2 * I + 1)...);
 }
 #else
 FM_INLINE V half_twice(const S* p) { return load(p); }
+FM_INLINE V load_half(const S* p) { return load(p); }
 FM_INLINE V half_pair(const S* low, const S*) { return load(low); }
 FM_INLINE void put_low(S* p, V v) { store(p, v); }
 FM_INLINE void put_high(S* p, V v) { store(p, v); }
-FM_INLINE V merge_halves(V low, V) { return low; }
+FM_INLINE V splat_two(const S* p) { return splat(*p); }
+template <int... I>
+FM_INLINE V lanes_twice(V v, std::integer_sequence<int, I...>) {
+  return v;
+}
+template <int... I>
+FM_INLINE V lanes_to_halves(V v, std::integer_sequence<int, I...>) {
+  return v;
+}
+template <int... I>
+FM_INLINE V interleave(V a, V, std::integer_sequence<int, I...>) {
+  return a;
+}
+template <int... I>
+FM_INLINE V add_neighbours(V low, V, std::integer_sequence<int, I...>) {
+  return low;
+}
 #endif
+
+// for_columns that takes exactly half a vector without a mask: a masked load waits until stores to
+// its whole vector, which for a half vector are two, have reached the cache.
+struct HalfLanes {
+  FM_INLINE V get(const S* p) const { return load_half(p); }
+  FM_INLINE void put(S* p, V v) const { put_low(p, v); }
+};
+
+template <class Body>
+FM_INLINE void for_row(index_t columns, Body&& body) {
+  index_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) body(Lanes<false>{kLanes}, c);
+  if (kRowUnit < kLanes && columns - c == kRowUnit) {
+    body(HalfLanes{}, c);
+  } else if (c < columns) {
+    body(Lanes<true>{columns - c}, c);
+  }
+}
 
 // M rows by N vectors and, with Half, half a one.
 template <int M, int N, bool Half>
@@ -101,30 +171,70 @@ void rows_tile(const RowsProduct& p, index_t row, index_t column) {
       t.half[i] = start ? half_twice(start + column + N * kLanes) : V{};
     }
   }
+  constexpr bool kTwoSteps = Half && !AdjacentRows;
+  [[maybe_unused]] V tails[kTwoSteps ? M : 1] = {};
   for (int pair = 0; pair < p.operands.count; ++pair) {
     const index_t a_row = AdjacentRows ? 1 : p.a_row;
     const index_t a_step = AdjacentRows ? p.a_step : 1;
     const S* a = p.operands.pair[pair].src + row * a_row;
     const S* b = p.operands.pair[pair].other + column;
-    for (index_t k = 0; k < p.depth; ++k, a += a_step, b += columns) {
+    index_t k = 0;
+    if constexpr (kTwoSteps) {
+      for (; k + 2 <= p.depth; k += 2, a += 2, b += 2 * columns) {
+        V first[Tile::kMain], second[Tile::kMain];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+          first[n] = load(b + n * kLanes);
+          second[n] = load(b + columns + n * kLanes);
+        }
+        const V tail =
+            interleave(load_half(b + N * kLanes), load_half(b + columns + N * kLanes), AllLanes{});
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          const S* at = a + m * a_row;
+          const V one = splat(at[0]), other = splat(at[1]);
+#pragma GCC unroll 2
+          for (int n = 0; n < N; ++n) t.main[m][n] += one * first[n];
+#pragma GCC unroll 2
+          for (int n = 0; n < N; ++n) t.main[m][n] += other * second[n];
+          tails[m] += splat_two(at) * tail;
+        }
+      }
+    }
+    for (; k < p.depth; ++k, a += a_step, b += columns) {
       V right[Tile::kMain], tail{};
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
-      if constexpr (Half) tail = half_twice(b + N * kLanes);
-      V before{};
+      if constexpr (kTwoSteps) {
+        tail = interleave(load_half(b + N * kLanes), V{}, AllLanes{});
+      } else if constexpr (Half) {
+        tail = lanes_twice(half_twice(b + N * kLanes), AllLanes{});
+      }
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const V value = splat(a[m * a_row]);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) t.main[m][n] += value * right[n];
-        if constexpr (Half) {
+        if constexpr (kTwoSteps) {
+          tails[m] += value * tail;
+        } else if constexpr (Half) {
           if (m % 2 == 1) {
-            t.half[m / 2] += merge_halves(before, value) * tail;
+            t.half[m / 2] += splat_two(a + m - 1) * tail;
           } else if (m == M - 1) {
             t.half[m / 2] += value * tail;
           }
-          before = value;
         }
+      }
+    }
+  }
+  if constexpr (Half) {
+#pragma GCC unroll 6
+    for (int i = 0; i < Tile::kPairs; ++i) {
+      if constexpr (kTwoSteps) {
+        const int low = 2 * i, high = low + 1 < M ? low + 1 : low;
+        t.half[i] += add_neighbours(tails[low], tails[high], AllLanes{});
+      } else {
+        t.half[i] = lanes_to_halves(t.half[i], AllLanes{});
       }
     }
   }
@@ -156,10 +266,12 @@ void rows_tile(const RowsProduct& p, index_t row, index_t column) {
 
 using RowsTileFn = void (*)(const RowsProduct&, index_t, index_t);
 
-// Accumulators, a row of b and two broadcasts must fit the registers.
-constexpr int rows_most(int vectors, bool half) {
+// Accumulators, a row of b (two, where a tail takes two steps) and two broadcasts must fit the
+// registers.
+constexpr int rows_most(int vectors, bool half, bool adjacent_rows) {
 #if defined(__AVX512F__)
-  return vectors == 2 && half ? 10 : 12;
+  if (vectors == 2 && half) return adjacent_rows ? 10 : 8;
+  return 12;
 #else
   return vectors + half > 1 ? 6 : 8;
 #endif
@@ -173,9 +285,10 @@ struct RowsTiles {
 
 template <int N, bool Half, bool AdjacentRows, int... M>
 constexpr RowsTiles rows_tiles(std::integer_sequence<int, M...>) {
-  return {{(M < rows_most(N, Half)
-                ? rows_tile<(M < rows_most(N, Half) ? M + 1 : 1), N, Half, AdjacentRows>
-                : nullptr)...}};
+  return {
+      {(M < rows_most(N, Half, AdjacentRows)
+            ? rows_tile<(M < rows_most(N, Half, AdjacentRows) ? M + 1 : 1), N, Half, AdjacentRows>
+            : nullptr)...}};
 }
 
 template <int N, bool Half, bool AdjacentRows>
@@ -199,7 +312,7 @@ inline void rows_product(const RowsProduct& p) {
     const index_t end = column + vectors * kLanes;
     const bool half = end < p.columns && p.columns - end < kLanes;
     const RowsTileFn* tiles = kRowsTiles<AdjacentRows>[vectors][half].rows;
-    const index_t most = rows_most(int(vectors), half);
+    const index_t most = rows_most(int(vectors), half, AdjacentRows);
     const index_t count = (p.rows + most - 1) / most;
     for (index_t t = 0, from = 0; t < count; ++t) {  // of nearly equal size
       const index_t to = p.rows * (t + 1) / count;
