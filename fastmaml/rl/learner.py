@@ -18,6 +18,7 @@ from fastmaml.rl.advantages import (
     standardised,
 )
 from fastmaml.rl.baseline import fit_values
+from fastmaml.rl.kronecker import factored_layers
 from fastmaml.rl.noise import collection_seed
 from fastmaml.rl.objective import MetaObjective
 from fastmaml.rl.policies import Policy
@@ -109,6 +110,8 @@ class MetaRL:
                 f"fisher_subsample must be 1 with inner_loss='dice', got {share}: its "
                 "curvature joins the steps of whole trajectories"
             )
+        if self.update.trpo.preconditioner == "kronecker":
+            factored_layers(policy.model)  # refuses what has none
         self.optimizer: torch.optim.Optimizer | None = None
         if self.update.outer != "trpo":
             self.optimizer = _adam(policy, self.update.meta_lr)
@@ -188,6 +191,7 @@ class MetaRL:
 
     def _move(self, objective: MetaObjective) -> StepReport:
         if self.optimizer is None:
+            kronecker = self.update.trpo.preconditioner == "kronecker"
             theta, report = trust_region_step(
                 objective.theta,
                 objective.gradient(),
@@ -195,6 +199,7 @@ class MetaRL:
                 objective.evaluate,
                 objective.loss,
                 self.update.trpo,
+                objective.precondition if kronecker else None,
             )
             if report.accepted:
                 self._set(objective.flat, theta)
