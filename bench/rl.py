@@ -228,7 +228,8 @@ class Bench:
 
     def _objective(self, stride: int) -> MetaObjective:
         learner, policy = self.learner, self.learner.policy
-        adaptation = Adaptation(policy, policy.parameters(), len(self.tasks))
+        count, many = len(self.tasks), stride == 1
+        adaptation = Adaptation(policy, policy.parameters(), count, many=many)
         samples = []
         for k in range(2):
             seed = collection_seed(7, 0, k)

@@ -54,6 +54,11 @@ class Update:
     ppo_kl: float = 5e-4
     fisher_subsample: float = 1.0
 
+    @property
+    def stride(self) -> int:
+        """Every which sample products with J' F J are made of."""
+        return max(1, round(1 / self.fisher_subsample))
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -126,7 +131,7 @@ class MetaRL:
         clock = _Clock()
         adaptation, found, samples = self._collect(tasks, iteration, clock)
         params = self.policy.parameters()
-        stride = max(1, round(1 / self.update.fisher_subsample))
+        stride = self.update.stride
         objective = MetaObjective(
             self.policy,
             params,
@@ -174,7 +179,10 @@ class MetaRL:
     def _collect(
         self, tasks: Any, iteration: int, clock: _Clock
     ) -> tuple[Adaptation, list[Trajectories], list[Samples]]:
-        adaptation = Adaptation(self.policy, self.policy.parameters(), len(tasks))
+        # products with J' F J are then made of these samples, as the gradient is
+        many = self.update.outer == "trpo" and self.update.stride == 1
+        params = self.policy.parameters()
+        adaptation = Adaptation(self.policy, params, len(tasks), many=many)
         found, samples = [], []
         for k in range(len(self.rates) + 1):
             seed = collection_seed(self.seed, iteration, k)

@@ -58,7 +58,8 @@ class MetaObjective:
             outputs = self._old[:, first::stride].contiguous()
             self._curvature = adaptation.on(thin)
         target = policy.divergence_target(fisher, outputs)
-        self._fisher = policy.divergence.curvature(adaptation.adapted, fisher.x, target)
+        where = adaptation.adapted, fisher.x, target
+        self._fisher = policy.divergence.curvature(*where, many=True)
 
     @property
     def loss(self) -> float:

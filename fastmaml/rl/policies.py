@@ -166,7 +166,7 @@ class Policy:
         return torch.cat(parts, -1)
 
     def inner_hessian(
-        self, params: Params, samples: Samples, target: Tensor
+        self, params: Params, samples: Samples, target: Tensor, *, many: bool = False
     ) -> Product:
         """The Hessian of the inner loss, for products with many vectors.
 
@@ -174,11 +174,12 @@ class Policy:
             params: name -> [T, ...]; they must not change between products.
             samples: of the inner loss.
             target: of :meth:`inner_target` for them.
+            many: there will be more than one product.
 
         Returns:
             The map from v, name -> [T, ...], to the Hessian times v.
         """
-        hvp = self.inner.curvature(params, samples.x, target).hvp
+        hvp = self.inner.curvature(params, samples.x, target, many=many).hvp
         if self.inner_loss != "dice":
             return hvp
 
