@@ -8,6 +8,8 @@ timed on the same trajectories for
 
 * ``fastmaml``: products of the engine, one call for all tasks;
 * ``fastmaml, a tenth``: the same with ``fisher_subsample`` 0.1;
+* ``fastmaml, preconditioned``: two products with ``preconditioner="kronecker"`` in
+  place of ten without;
 * ``torch.func``: the same update with the adaptation under ``vmap`` and a graph:
   the divergence's gradient is differentiated once, and each product with the Fisher
   matrix is one backward pass through that graph.
@@ -128,6 +130,7 @@ def step_of(objective: Any, loss: float, settings: Trpo) -> Tensor:
         objective.evaluate,
         loss,
         settings,
+        None if settings.preconditioner == "none" else objective.precondition,
     )
     return theta
 
@@ -166,12 +169,17 @@ class Bench:
         self.envs = experiment.make_rows(experiment.meta_batch)
         self.learner = experiment.make_learner(self.envs)
         self.trpo = self.learner.update.trpo
+        self.preconditioned = dataclasses.replace(
+            self.trpo, cg_iterations=2, preconditioner="kronecker"
+        )
         prepare_threads(experiment, self.learner.policy)
         self.tasks = self.envs.sample_tasks(experiment.meta_batch, 1)
 
-    def iterations(self, share: float) -> dict[str, Any]:
+    def iterations(self, share: float, trpo: Trpo | None = None) -> dict[str, Any]:
         """Whole iterations, and where their time goes."""
-        update = dataclasses.replace(self.learner.update, fisher_subsample=share)
+        update = dataclasses.replace(
+            self.learner.update, fisher_subsample=share, trpo=trpo or self.trpo
+        )
         learner = MetaRL(
             self.learner.policy, self.envs, rates=self.learner.rates, update=update
         )
@@ -189,15 +197,21 @@ class Bench:
 
     def updates(self) -> dict[str, Any]:
         """The meta-update alone, on the same trajectories."""
-        objective = self._objective(1)
+        objective = self.objective(1)
         loss = objective.loss
         found: dict[str, Any] = {}
-        tenth = self._objective(10)
+        tenth = self.objective(10)
         ours, _ = timed(lambda: step_of(objective, loss, self.trpo), self.rounds)
         found["fastmaml"] = ours
         found["fastmaml, a tenth"], _ = timed(
             lambda: step_of(tenth, loss, self.trpo), self.rounds
         )
+
+        def preconditioned() -> Tensor:
+            objective._preconditioner = None  # its factors are part of the time
+            return step_of(objective, loss, self.preconditioned)
+
+        found["fastmaml, preconditioned"], _ = timed(preconditioned, self.rounds)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.experiment.threads or _cores())
         peer_times, _ = timed(
@@ -212,15 +226,15 @@ class Bench:
         found["ratio"] = min(peer_times) / min(ours)
         return found
 
-    def _objective(self, stride: int) -> MetaObjective:
+    def objective(self, stride: int, seed: int = 7) -> MetaObjective:
+        """The meta-objective on trajectories that the seed decides."""
         learner, policy = self.learner, self.learner.policy
-        adaptation = Adaptation(policy, policy.parameters(), len(self.tasks))
+        count, many = len(self.tasks), stride == 1
+        adaptation = Adaptation(policy, policy.parameters(), count, many=many)
         samples = []
         for k in range(2):
-            seed = collection_seed(7, 0, k)
-            found = collect(
-                policy, adaptation.adapted, self.envs, self.tasks, seed=seed
-            )
+            own = collection_seed(seed, 0, k)
+            found = collect(policy, adaptation.adapted, self.envs, self.tasks, seed=own)
             samples.append(processed(found, learner.gamma, learner.lam))
             if k == 0:
                 adaptation.step(samples[0], learner.rates[0])
@@ -297,6 +311,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     iterations = {
         "fastmaml": bench.iterations(1.0),
         "fastmaml, a tenth": bench.iterations(0.1),
+        "fastmaml, preconditioned": bench.iterations(1.0, bench.preconditioned),
     }
     shares(iterations, simulated)
     result = {
@@ -329,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.out.write_text(text)
     updates = result["updates"]
     assert math.isfinite(updates["difference"])
-    for name in ("fastmaml", "fastmaml, a tenth", "torch.func"):
+    for name in (*result["iterations"], "torch.func"):
         print(f"meta-update, {name}: {min(updates[name]):.3f} s", file=sys.stderr)
     for name, row in result["iterations"].items():
         print(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 OURS, TENTH, PEER = "fastmaml", "fastmaml, a tenth", "torch.func"
+PRECONDITIONED = "fastmaml, preconditioned"
 
 
 def rl_section(result: dict[str, Any], source: str) -> str:
@@ -16,11 +17,17 @@ def rl_section(result: dict[str, Any], source: str) -> str:
         source: its path, as the README names it.
     """
     simulation = result["simulation"]
+    preconditioned = (
+        "`preconditioned`: two Fisher products with Kronecker factors in place of ten. "
+        if PRECONDITIONED in result["iterations"]
+        else ""
+    )
     text = (
         f"{result['experiment']}: {result['tasks']} tasks × {result['episodes']} "
         f"episodes × {result['horizon']} steps, before and after one inner step; "
-        "seconds, medians. `a tenth`: Fisher products of every tenth sample. The "
-        "peer's iteration is its update beside fastmaml's sampling and processing. "
+        "seconds, medians. `a tenth`: Fisher products of every tenth sample. "
+        f"{preconditioned}The peer's iteration is its update beside fastmaml's "
+        "sampling and processing. "
         f"{result['machine']['cpu']}, {result['machine']['cores']} cores; "
         f"{result['date'][:10]}, commit {result['commit']}; all figures in "
         f"[{source}]({source}), written by `{result['command']}`."

@@ -6,6 +6,7 @@ float64 with a graph, and differentiates what comes out, once or twice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from fastmaml.rl.adaptation import Flat, adapt
 from fastmaml.rl.objective import MetaObjective
 from fastmaml.rl.policies import Policy
 from fastmaml.rl.trajectories import Samples
+from fastmaml.rl.trpo import Trpo
 
 OBSERVATIONS, ACTIONS = 3, 2
 TASKS, SAMPLES, LENGTH = 3, 24, 6
@@ -196,3 +198,41 @@ def restated_clipped(
         ratio, a = torch.exp(logs[0] - logs[1]), query.advantages[task]
         total = total - torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
     return total / TASKS + weight * restated(problem, flat)[1]
+
+
+def restated_step(
+    problem: RLProblem, theta: Tensor, o: Trpo, inverse: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """The step with the whole matrix and its Krylov space in place of products.
+
+    Args:
+        problem: whose step it is.
+        theta: [P], before it.
+        o: its settings.
+        inverse: of the preconditioner, [P, P].
+
+    Returns:
+        The parameters after it, and how many steps were tried before.
+    """
+    eye = torch.eye(theta.numel(), dtype=torch.float64)
+    inverse = eye if inverse is None else inverse
+    b = restated_fisher(problem, theta) + o.damping * eye
+    g = restated_gradient(problem, theta)
+    # conjugate gradients minimise the energy over span(M g, M B M g, (M B)^2 M g, ...)
+    basis: list[Tensor] = []
+    v = inverse @ g
+    for _ in range(o.cg_iterations):
+        for q in (*basis, *basis):
+            v = v - (q @ v) * q
+        basis.append(v / v.norm())
+        v = inverse @ b @ basis[-1]
+    q = torch.stack(basis, 1)
+    direction = q @ torch.linalg.solve(q.T @ b @ q, q.T @ g)
+    size = math.sqrt(2 * o.max_kl / float(direction @ b @ direction))
+    before = float(restated(problem, theta)[0].detach())
+    for k in range(o.max_backtracks):
+        there = theta - size * o.backtrack**k * direction
+        loss, kl = (float(value.detach()) for value in restated(problem, there))
+        if loss < before and kl <= o.max_kl:
+            return there, k
+    raise AssertionError("no step was good")

@@ -25,6 +25,8 @@ def test_the_peer_computes_the_same(tmp_path):
     assert row["steps"] == 2 * 3 * 4 * 25 or row["steps"] < 600
     parts = row["sampling"] + row["processing"] + row["update"]
     assert parts == pytest.approx(row["seconds"], rel=0.5)
+    assert rl_report.PRECONDITIONED in result["updates"]
+    assert rl_report.PRECONDITIONED in result["iterations"]
     for row in result["iterations"].values():
         assert row["update_share"] == pytest.approx(row["update"] / row["seconds"])
     assert result["simulation"] == {} and result["kind"] == "rl"
@@ -94,6 +96,16 @@ def test_the_report_tells_seconds_shares_and_rates():
     assert "| fastmaml, steps alone | 480 | 96% |" in lines
     assert "| gymnasium loop | 50 | 10% |" in lines
     assert "[bench/results/rl.json](bench/results/rl.json)" in lines[-1]
+
+
+def test_the_report_says_what_preconditioned_means_where_it_was_measured():
+    result = _result()
+    assert "preconditioned" not in rl_report.rl_section(result, "rl.json")
+    row = result["iterations"]["fastmaml, a tenth"]
+    result["iterations"]["fastmaml, preconditioned"] = {**row, "update": 0.5}
+    text = rl_report.rl_section(result, "rl.json")
+    assert "| fastmaml, preconditioned | 0.80 | 0.20 | 0.50 | 1.50 | 33% |" in text
+    assert "`preconditioned`: two Fisher products" in text
 
 
 def test_the_readme_has_the_tables_where_there_is_a_result(tmp_path):

@@ -92,6 +92,27 @@ def test_kept_and_recomputed_passes_give_the_same_bits(problem, dtype, backend):
 
 
 @every_product
+def test_announced_products_share_from_the_first_on(product, monkeypatch):
+    c = case("policy")
+    engine, at = native(c), where(c)
+    calls = []
+    plain = engine._curvature
+
+    def spied(*arguments):
+        calls.append(arguments[-1] if len(arguments) == 6 else (0, False))
+        return plain(*arguments)
+
+    monkeypatch.setattr(engine, "_curvature", spied)
+    curvature = engine.curvature(*at, many=True)
+    for v in vectors(c, torch.float64, 3):
+        got = getattr(curvature, product)(v)
+        assert_same_bits(got, getattr(native(c), product)(*at, v))
+        assert curvature.kept_bytes > 0
+    assert [filled for _, filled in calls] == [False, True, True]
+    assert len({address for address, _ in calls}) == 1 and calls[0][0]
+
+
+@every_product
 def test_what_is_kept_is_read_and_nothing_else(product, monkeypatch):
     c = case("policy")
     engine, at = native(c), where(c)

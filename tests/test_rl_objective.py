@@ -14,9 +14,9 @@ from rl_problem import (
     problem,
     restated,
     restated_clipped,
-    restated_fisher,
     restated_fisher_product,
     restated_gradient,
+    restated_step,
 )
 
 from fastmaml.rl.trpo import Trpo, conjugate_gradients, trust_region_step
@@ -107,39 +107,11 @@ def test_trust_region_step_is_the_restated_one(kind, steps):
         objective.loss,
         options,
     )
-    want, tried = _restated_step(p, objective.theta, options)
+    want, tried = restated_step(p, objective.theta, options)
     assert report.accepted and report.backtracks == tried
     assert 0 < report.kl <= options.max_kl and report.loss < report.loss_before
     assert (got - want).abs().max() <= 1e-8 * want.abs().max()
     assert (got - objective.theta).norm() > 1e-3
-
-
-def _restated_step(
-    p: RLProblem, theta: torch.Tensor, o: Trpo
-) -> tuple[torch.Tensor, int]:
-    """The step with the whole matrix and its Krylov space in place of products."""
-    size = theta.numel()
-    eye = torch.eye(size, dtype=torch.float64)
-    b = restated_fisher(p, theta) + o.damping * eye
-    g = restated_gradient(p, theta)
-    # conjugate gradients minimise the energy over span(g, B g, B^2 g, ...)
-    basis: list[torch.Tensor] = []
-    v = g
-    for _ in range(o.cg_iterations):
-        for q in (*basis, *basis):
-            v = v - (q @ v) * q
-        basis.append(v / v.norm())
-        v = b @ basis[-1]
-    q = torch.stack(basis, 1)
-    direction = q @ torch.linalg.solve(q.T @ b @ q, q.T @ g)
-    size_ = math.sqrt(2 * o.max_kl / float(direction @ b @ direction))
-    before = float(restated(p, theta)[0].detach())
-    for k in range(o.max_backtracks):
-        there = theta - size_ * o.backtrack**k * direction
-        loss, kl = (float(value.detach()) for value in restated(p, there))
-        if loss < before and kl <= o.max_kl:
-            return there, k
-    raise AssertionError("no step was good")
 
 
 def test_products_of_some_samples_estimate_those_of_all():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rl_problem import RLProblem, problem, restated, restated_clipped
 
+from fastmaml.rl import learner as learner_module
 from fastmaml.rl.adaptation import for_each_task
 from fastmaml.rl.learner import MetaRL, Update
 
@@ -74,6 +75,32 @@ def test_updates_lower_the_surrogate_of_fixed_trajectories(
         assert report.loss < best - 1e-6
         assert report.loss_before == objective.loss
         best = report.loss
+
+
+@pytest.mark.parametrize(
+    ("outer", "share", "many"),
+    [("trpo", 1.0, True), ("trpo", 0.1, False), ("ppo", 1.0, False)],
+)
+def test_one_product_alone_is_not_kept(
+    outer: Any, share: float, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem()
+    learner = _learner(p, Update(outer, fisher_subsample=share))
+    told = []
+
+    def collected(*_: Any, **__: Any) -> None:
+        raise StopIteration
+
+    class Told(learner_module.Adaptation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            told.append(options["many"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(learner_module, "Adaptation", Told)
+    monkeypatch.setattr(learner_module, "collect", collected)
+    with pytest.raises(StopIteration):
+        learner.iterate([0, 1, 2], 0)
+    assert told == [many]
 
 
 def test_a_policys_move_leaves_what_was_adapted_from_it() -> None:

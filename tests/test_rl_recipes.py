@@ -108,6 +108,7 @@ def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> Non
         (("--hidden", 8, 0), "hidden must be at least 1, got 0"),
         (("--ppo-epochs", 0), "ppo_epochs must be at least 1, got 0"),
         (("--cg-iterations", 0), "cg_iterations must be at least 1, got 0"),
+        (("--preconditioner", "some"), "Expected one of ('none', 'kronecker')"),
         (("--inner-lr", "nan"), "inner_lr must be a finite number above 0, got nan"),
         (("--max-kl", -1), "max_kl must be a finite number above 0, got -1.0"),
         (("--meta-lr", 0), "meta_lr must be a finite number above 0, got 0.0"),

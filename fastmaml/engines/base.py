@@ -193,6 +193,12 @@ class Engine(Protocol):
         """J' H_loss J times ``vector``, J the Jacobian of the outputs."""
         ...
 
-    def curvature(self, params: Params, x: Tensor, y: Tensor) -> Curvature:
-        """The products above with many vectors, none of the three changing between."""
+    def curvature(
+        self, params: Params, x: Tensor, y: Tensor, *, many: bool = False
+    ) -> Curvature:
+        """The products above with many vectors, none of the three changing between.
+
+        What they share may stay in memory from the second product on, or, where
+        ``many`` says that there will be more than one, from the first.
+        """
         ...

@@ -188,7 +188,9 @@ class FunctionalEngine:
         with explained(self._what):
             return self._map(product, axes)(dict(params), x, y, dict(vector))
 
-    def curvature(self, params: Params, x: Tensor, y: Tensor) -> PlainCurvature:
+    def curvature(
+        self, params: Params, x: Tensor, y: Tensor, *, many: bool = False
+    ) -> PlainCurvature:
         """See `fastmaml.engines.base.Engine.curvature`."""
         return PlainCurvature(self, params, x, y)
 

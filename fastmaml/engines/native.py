@@ -272,9 +272,11 @@ class NativeEngine(Calls):
         """See `fastmaml.engines.base.Engine.gauss_newton_product`."""
         return self._curvature(GAUSS_NEWTON, params, x, y, vector)
 
-    def curvature(self, params: Params, x: Tensor, y: Tensor) -> NativeCurvature:
+    def curvature(
+        self, params: Params, x: Tensor, y: Tensor, *, many: bool = False
+    ) -> NativeCurvature:
         """See `fastmaml.engines.base.Engine.curvature`."""
-        return NativeCurvature(self, params, x, y)
+        return NativeCurvature(self, params, x, y, many=many)
 
     # -- calls --------------------------------------------------------------------
 

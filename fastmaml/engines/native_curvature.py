@@ -1,8 +1,9 @@
 """Products with many vectors at one point, such as those of conjugate gradients.
 
-From the second product on, what the passes without a vector leave for each sample stays
-in memory, so each further product is the passes along its vector alone. This is the
-inside of `NativeEngine`, in a file of its own.
+From the second product on (or the first, if more are announced), what the passes
+without a vector leave for each sample stays in memory, so each further product is the
+passes along its vector alone. This is the inside of `NativeEngine`, in a file of its
+own.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ class NativeCurvature:
         params: read at each product; they must not change between them.
         x: [T, N, ...], likewise.
         y: [T, N, ...], likewise.
+        many: keep from the first product on.
     """
 
-    def __init__(self, engine: Any, params: Params, x: Tensor, y: Tensor) -> None:
+    def __init__(
+        self, engine: Any, params: Params, x: Tensor, y: Tensor, *, many: bool = False
+    ) -> None:
         self._engine = engine
+        self._many = many
         self._where = params, x, y
         self._tape: Tensor | None = None
         self._began: int | None = None  # the latest product
@@ -48,12 +53,12 @@ class NativeCurvature:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of what is kept; none before the second product."""
+        """Memory of what is kept; none before the second product, or the first."""
         return 0 if self._tape is None else self._tape.numel()
 
     def _product(self, product: int, vector: Params) -> Named:
         # what the only product leaves is quicker written into the cache, and forgotten
-        if self._tape is None and self._began == product:
+        if self._tape is None and (self._many or self._began == product):
             self._tape = self._room()
         self._began = product
         if self._tape is None:

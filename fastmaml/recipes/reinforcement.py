@@ -87,6 +87,8 @@ class RLExperiment(abc.ABC):
     """mean divergence of post-update policies that a trust-region step may reach"""
     cg_iterations: int = 10
     """conjugate-gradient iterations of a trust-region step"""
+    preconditioner: Literal["none", "kronecker"] = "none"
+    """of those iterations; with kronecker two of them do what ten do without"""
     damping: float = 1e-5
     """added to the diagonal of the Fisher matrix"""
     fisher_subsample: float = 1.0
@@ -182,7 +184,12 @@ class RLExperiment(abc.ABC):
             seed=self.seed,
             update=Update(
                 outer=self.outer,
-                trpo=Trpo(self.max_kl, self.cg_iterations, self.damping),
+                trpo=Trpo(
+                    self.max_kl,
+                    self.cg_iterations,
+                    self.damping,
+                    preconditioner=self.preconditioner,
+                ),
                 meta_lr=self.adam_rate(),
                 ppo_epochs=self.ppo_epochs,
                 fisher_subsample=self.fisher_subsample,

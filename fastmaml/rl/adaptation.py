@@ -29,6 +29,7 @@ class Adaptation:
         policy: what is adapted.
         params: theta, name -> [...], shared by all tasks.
         tasks: T.
+        many: there will be more than one product with its derivative.
 
     Attributes:
         rates: a_k of the steps so far.
@@ -36,9 +37,15 @@ class Adaptation:
     """
 
     def __init__(
-        self, policy: Policy, params: Mapping[str, Tensor], tasks: int
+        self,
+        policy: Policy,
+        params: Mapping[str, Tensor],
+        tasks: int,
+        *,
+        many: bool = False,
     ) -> None:
         self.policy = policy
+        self._many = many
         self.rates: list[float] = []
         self.thetas = [for_each_task(params, tasks)]
         self._hessians: list[Product] = []
@@ -53,7 +60,8 @@ class Adaptation:
         x, y = samples.x, self.policy.inner_target(samples)
         values = torch.tensor(rate, dtype=x.dtype)
         inner = self.policy.inner
-        self._hessians.append(self.policy.inner_hessian(self.adapted, samples, y))
+        where = self.adapted, samples, y
+        self._hessians.append(self.policy.inner_hessian(*where, many=self._many))
         self.thetas.append(inner.adapt(self.adapted, Rates(values), x, y, steps=1))
         self.rates.append(rate)
         return self.adapted
@@ -71,12 +79,13 @@ class Adaptation:
         return u
 
     def on(self, supports: Sequence[Samples]) -> Adaptation:
-        """The same parameters, with derivatives from other samples of each step."""
+        """The same parameters, with products of other samples of each step."""
         other = Adaptation.__new__(Adaptation)
         other.policy, other.rates, other.thetas = self.policy, self.rates, self.thetas
+        other._many = True
         hessian, target = self.policy.inner_hessian, self.policy.inner_target
         pairs = zip(self.thetas, supports, strict=False)
-        other._hessians = [hessian(p, s, target(s)) for p, s in pairs]
+        other._hessians = [hessian(p, s, target(s), many=True) for p, s in pairs]
         return other
 
     def _curved(self, k: int, v: Named) -> Named:

@@ -18,6 +18,7 @@ from fastmaml.rl.advantages import (
     standardised,
 )
 from fastmaml.rl.baseline import fit_values
+from fastmaml.rl.kronecker import factored_layers
 from fastmaml.rl.noise import collection_seed
 from fastmaml.rl.objective import MetaObjective
 from fastmaml.rl.policies import Policy
@@ -52,6 +53,11 @@ class Update:
     ppo_clip: float = 0.3
     ppo_kl: float = 5e-4
     fisher_subsample: float = 1.0
+
+    @property
+    def stride(self) -> int:
+        """Every which sample products with J' F J are made of."""
+        return max(1, round(1 / self.fisher_subsample))
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class MetaRL:
                 f"fisher_subsample must be 1 with inner_loss='dice', got {share}: its "
                 "curvature joins the steps of whole trajectories"
             )
+        if self.update.trpo.preconditioner == "kronecker":
+            factored_layers(policy.model)  # refuses what has none
         self.optimizer: torch.optim.Optimizer | None = None
         if self.update.outer != "trpo":
             self.optimizer = _adam(policy, self.update.meta_lr)
@@ -123,7 +131,7 @@ class MetaRL:
         clock = _Clock()
         adaptation, found, samples = self._collect(tasks, iteration, clock)
         params = self.policy.parameters()
-        stride = max(1, round(1 / self.update.fisher_subsample))
+        stride = self.update.stride
         objective = MetaObjective(
             self.policy,
             params,
@@ -171,7 +179,10 @@ class MetaRL:
     def _collect(
         self, tasks: Any, iteration: int, clock: _Clock
     ) -> tuple[Adaptation, list[Trajectories], list[Samples]]:
-        adaptation = Adaptation(self.policy, self.policy.parameters(), len(tasks))
+        # products with J' F J are then made of these samples, as the gradient is
+        many = self.update.outer == "trpo" and self.update.stride == 1
+        params = self.policy.parameters()
+        adaptation = Adaptation(self.policy, params, len(tasks), many=many)
         found, samples = [], []
         for k in range(len(self.rates) + 1):
             seed = collection_seed(self.seed, iteration, k)
@@ -188,6 +199,7 @@ class MetaRL:
 
     def _move(self, objective: MetaObjective) -> StepReport:
         if self.optimizer is None:
+            kronecker = self.update.trpo.preconditioner == "kronecker"
             theta, report = trust_region_step(
                 objective.theta,
                 objective.gradient(),
@@ -195,6 +207,7 @@ class MetaRL:
                 objective.evaluate,
                 objective.loss,
                 self.update.trpo,
+                objective.precondition if kronecker else None,
             )
             if report.accepted:
                 self._set(objective.flat, theta)

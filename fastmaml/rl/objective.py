@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmaml.engines.base import Params
 from fastmaml.rl.adaptation import Adaptation, Flat, Named, adapt, for_each_task
+from fastmaml.rl.kronecker import KroneckerPreconditioner
 from fastmaml.rl.policies import Policy
 from fastmaml.rl.trajectories import Samples
 
@@ -49,6 +50,7 @@ class MetaObjective:
         self._old = policy.outputs(adaptation.adapted, query.x)
         self._old_log = policy.log_probability(self._old, query.actions)
         self._curvature = adaptation
+        self._preconditioner: KroneckerPreconditioner | None = None
         fisher, outputs = query, self._old
         if stride > 1:
             thin = [s.every(stride, first) for s in self.supports]
@@ -56,7 +58,8 @@ class MetaObjective:
             outputs = self._old[:, first::stride].contiguous()
             self._curvature = adaptation.on(thin)
         target = policy.divergence_target(fisher, outputs)
-        self._fisher = policy.divergence.curvature(adaptation.adapted, fisher.x, target)
+        where = adaptation.adapted, fisher.x, target
+        self._fisher = policy.divergence.curvature(*where, many=True)
 
     @property
     def loss(self) -> float:
@@ -76,6 +79,14 @@ class MetaObjective:
         tangent = self._curvature.tangent(direction)
         product = self._fisher.gauss_newton_product(tangent)
         return self.flat.mean(self._curvature.adjoint(product))
+
+    def precondition(self, v: Tensor) -> Tensor:
+        """M^-1 v [P] float64, M near the mean of J' F J by Kronecker factors."""
+        if self._preconditioner is None:
+            params, query = self.flat.split(self.theta), self.query
+            where = self.policy, params, query.x, query.weights
+            self._preconditioner = KroneckerPreconditioner(*where)
+        return self._preconditioner(v)
 
     def evaluate(self, theta: Tensor) -> tuple[float, float]:
         """Surrogate and mean KL(old || new) of other parameters [P]."""

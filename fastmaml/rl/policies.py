@@ -7,6 +7,7 @@ graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,8 @@ class Distribution:
         losses: names of its policy-gradient, likelihood-ratio and KL losses.
         log_probability: (outputs [..., Z], actions [..., A]) -> [...].
         divergence: KL(old || new) of (new outputs, old outputs) -> [...].
+        fisher_roots: outputs [N, Z] -> [R, N, Z], whose outer products add up to the
+            Fisher information of the outputs.
         sample: (outputs [..., Z], noise [..., A]) -> actions [..., A].
         normal: whether that noise is normal, else uniform in [0, 1).
     """
@@ -42,6 +45,7 @@ class Distribution:
     losses: tuple[str, str, str]
     log_probability: Callable[[Tensor, Tensor], Tensor]
     divergence: Callable[[Tensor, Tensor], Tensor]
+    fisher_roots: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, Tensor], Tensor]
     normal: bool
 
@@ -57,11 +61,26 @@ def _categorical(outputs: Tensor, noise: Tensor) -> Tensor:
     return number.to(outputs.dtype)
 
 
+def _gaussian_roots(outputs: Tensor) -> Tensor:
+    _, log_std = losses.gaussian_parameters(outputs)
+    moves = log_std == outputs.chunk(2, -1)[1]  # the floor does not
+    root = math.sqrt(2) * moves.to(outputs.dtype)
+    scales = torch.cat([torch.exp(-log_std), root], -1)
+    return torch.diag_embed(scales).movedim(-2, 0)
+
+
+def _categorical_roots(outputs: Tensor) -> Tensor:
+    p = outputs.softmax(-1)
+    eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    return (p.sqrt().unsqueeze(-1) * (eye - p.unsqueeze(-2))).movedim(-2, 0)
+
+
 DISTRIBUTIONS: dict[Kind, Distribution] = {
     "gaussian": Distribution(
         ("policy_gradient", "likelihood_ratio", "gaussian_kl"),
         losses.gaussian_log_probability,
         losses.gaussian_divergence,
+        _gaussian_roots,
         _gaussian,
         True,
     ),
@@ -73,6 +92,7 @@ DISTRIBUTIONS: dict[Kind, Distribution] = {
         ),
         losses.categorical_log_probability,
         losses.categorical_divergence,
+        _categorical_roots,
         _categorical,
         False,
     ),
@@ -146,7 +166,7 @@ class Policy:
         return torch.cat(parts, -1)
 
     def inner_hessian(
-        self, params: Params, samples: Samples, target: Tensor
+        self, params: Params, samples: Samples, target: Tensor, *, many: bool = False
     ) -> Product:
         """The Hessian of the inner loss, for products with many vectors.
 
@@ -154,11 +174,12 @@ class Policy:
             params: name -> [T, ...]; they must not change between products.
             samples: of the inner loss.
             target: of :meth:`inner_target` for them.
+            many: there will be more than one product.
 
         Returns:
             The map from v, name -> [T, ...], to the Hessian times v.
         """
-        hvp = self.inner.curvature(params, samples.x, target).hvp
+        hvp = self.inner.curvature(params, samples.x, target, many=many).hvp
         if self.inner_loss != "dice":
             return hvp
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Trpo:
         damping: added to the diagonal of J' F J.
         backtrack: factor between the steps that are tried.
         max_backtracks: steps that are tried.
+        preconditioner: of the conjugate gradients: ``none``, as in the paper, or
+            ``kronecker``, with which one or two iterations come further than ten
+            without (`fastmaml.rl.kronecker`).
     """
 
     max_kl: float = 0.01
@@ -43,6 +47,7 @@ class Trpo:
     damping: float = 1e-5
     backtrack: float = 0.8
     max_backtracks: int = 15
+    preconditioner: Literal["none", "kronecker"] = "none"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,11 @@ class StepReport:
 
 
 def conjugate_gradients(
-    product: Product, b: Tensor, iterations: int, tolerance: float = 1e-10
+    product: Product,
+    b: Tensor,
+    iterations: int,
+    tolerance: float = 1e-10,
+    precondition: Product | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solves B x = b for a positive definite B by its products with vectors.
 
@@ -74,25 +83,28 @@ def conjugate_gradients(
         b: [P].
         iterations: at most.
         tolerance: stops where the squared residual falls below it.
+        precondition: v [P] -> M^-1 v [P], M positive definite and close to B.
 
     Returns:
         x [P] and the residual b - B x [P]. A direction without curvature, as rounding
         and noise may make it, ends the search with what has been found.
     """
-    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
-    rr = r.dot(r)
+    x, r = torch.zeros_like(b), b.clone()
+    z = r if precondition is None else precondition(r)
+    p, rz = z.clone(), r.dot(z)
     for _ in range(iterations):
-        if not rr > tolerance:
+        if not r.dot(r) > tolerance:
             break
         bp = product(p)
         curvature = p.dot(bp)
         if not (curvature > 0 and math.isfinite(curvature)):
             break
-        alpha = rr / curvature
+        alpha = rz / curvature
         x = x + alpha * p
         r = r - alpha * bp
-        rr, before = r.dot(r), rr
-        p = r + (rr / before) * p
+        z = r if precondition is None else precondition(r)
+        rz, before = r.dot(z), rz
+        p = z + (rz / before) * p
     return x, r
 
 
@@ -103,6 +115,7 @@ def trust_region_step(
     evaluate: Callable[[Tensor], tuple[float, float]],
     loss_before: float,
     settings: Trpo,
+    precondition: Product | None = None,
 ) -> tuple[Tensor, StepReport]:
     """One step of trust-region optimisation.
 
@@ -113,6 +126,8 @@ def trust_region_step(
         evaluate: theta [P] -> (loss, divergence from the old policies).
         loss_before: the loss at ``theta``.
         settings: of the step.
+        precondition: of the conjugate gradients; not called for a gradient that is
+            not finite.
 
     Returns:
         The new parameters, which are ``theta`` itself where no step lowered the loss
@@ -125,8 +140,9 @@ def trust_region_step(
     def damped(v: Tensor) -> Tensor:
         return product(v) + settings.damping * v
 
-    solved = conjugate_gradients(damped, gradient, settings.cg_iterations)
-    direction, residual = solved
+    direction, residual = conjugate_gradients(
+        damped, gradient, settings.cg_iterations, precondition=precondition
+    )
     curvature = float(direction.dot(gradient - residual))  # d' B d, at no product
     size = math.sqrt(2 * settings.max_kl / curvature) if curvature > 0 else math.nan
     if not math.isfinite(size):
