@@ -11,82 +11,6 @@
 
 namespace FM_KERNELS {
 
-// One step of a transpose in registers: swaps the off-diagonal quarters of every block of 2 Step
-// rows and columns. After steps L/2, ..., 2, 1 the vectors hold the transpose.
-template <int Step, int... I>
-FM_INLINE void swap_quarters(V& a, V& b, std::integer_sequence<int, I...>) {
-  constexpr int L = int(kLanes);
-  const V upper = __builtin_shufflevector(a, b, (I & Step ? L + I - Step : I)...);
-  b = __builtin_shufflevector(a, b, (I & Step ? L + I : I + Step)...);
-  a = upper;
-}
-
-template <int Step>
-FM_INLINE void transpose_steps(V (&v)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < int(kLanes); ++i) {
-    if (!(i & Step)) {
-      swap_quarters<Step>(v[i], v[i + Step], std::make_integer_sequence<int, int(kLanes)>{});
-    }
-  }
-  if constexpr (Step > 1) transpose_steps<Step / 2>(v);
-}
-
-// A block of up to kLanes x kLanes; both sides have rows of the given strides.
-template <bool Partial>
-FM_INLINE void transpose_block(const S* src, index_t src_stride, index_t rows, index_t columns,
-                               S* dst, index_t dst_stride) {
-  V v[kLanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < int(kLanes); ++r) {
-    v[r] = !Partial           ? load(src + r * src_stride)
-           : r >= rows        ? V{}
-           : columns < kLanes ? load_first(src + r * src_stride, columns)
-                              : load(src + r * src_stride);
-  }
-  transpose_steps<int(kLanes) / 2>(v);
-#pragma GCC unroll 16
-  for (int c = 0; c < int(kLanes); ++c) {
-    if (!Partial) {
-      store(dst + c * dst_stride, v[c]);
-    } else if (c < columns) {
-      if (rows < kLanes) {
-        store_first(dst + c * dst_stride, v[c], rows);
-      } else {
-        store(dst + c * dst_stride, v[c]);
-      }
-    }
-  }
-}
-
-// Lane i of v[0] becomes the sum of the lanes of v[i], added in halves.
-template <int Step>
-FM_INLINE void sum_each(V (&v)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Step; ++i) {
-    swap_quarters<Step>(v[i], v[i + Step], std::make_integer_sequence<int, int(kLanes)>{});
-    v[i] += v[i + Step];
-  }
-  if constexpr (Step > 1) sum_each<Step / 2>(v);
-}
-
-// dst[c, r] = src[r, c], whose rows are `dst_row` apart
-inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst,
-                      index_t dst_row) {
-  for (index_t r = 0; r < rows; r += kLanes) {
-    for (index_t c = 0; c < columns; c += kLanes) {
-      const index_t height = min_of(kLanes, rows - r), width = min_of(kLanes, columns - c);
-      const S* from = src + r * columns + c;
-      S* to = dst + c * dst_row + r;
-      if (height == kLanes && width == kLanes) {
-        transpose_block<false>(from, columns, height, width, to, dst_row);
-      } else {
-        transpose_block<true>(from, columns, height, width, to, dst_row);
-      }
-    }
-  }
-}
-
 inline const S* transposed_weights(const LayerDesc& d, const S* w, S* dst) {
   if (!w) return nullptr;
   const index_t in = d.in.channels, out = d.out.channels;
@@ -228,25 +152,6 @@ inline void bilinear_input_adjoint(const LayerArgs<S>& a, const Operands& operan
   dense_product(p, exec);
 }
 
-// Few outputs: rows of inputs fill the vectors better, so dw is computed transposed.
-inline void narrow_gradient(const LayerArgs<S>& a, const Operands& operands, S* dw,
-                            const Exec& exec) {
-  const index_t in = a.desc->in.channels, out = a.desc->out.channels;
-  const S scale = scale_of(a.weight_scale, a.weight_rate);
-  S* transposed = static_cast<S*>(exec.scratch);
-  Operands swapped;
-  for (int pair = 0; pair < operands.count; ++pair) {
-    swapped.add(operands.pair[pair].other, operands.pair[pair].src);
-  }
-  dense_gradient({out, in, dense_rows_of(a), swapped, 1, out, transposed, {}}, exec);
-  for (index_t i = 0; i < in; ++i) {
-    for (index_t o = 0; o < out; ++o) {
-      const S g = scale * transposed[o * in + i];
-      dw[i * out + o] = a.dw_base ? a.dw_base[i * out + o] + g : g;
-    }
-  }
-}
-
 inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& operands,
                                     const S* bias_source, S* dw, const Exec& exec) {
   const LayerDesc& d = *a.desc;
@@ -257,7 +162,6 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
              dw + d.bias_offset);
   }
   if (has_single_output(d)) return single_output_gradient(a, operands, dw);
-  if (d.dense() && out < kLanes && in > out) return narrow_gradient(a, operands, dw, exec);
   if (!d.dense()) {
     const WinogradSizes size(d, a.samples);
     if (size.outputs) return winograd_gradient(d, operands, a.samples, size, dw, exec);
