@@ -206,22 +206,43 @@ inline void bilinear_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
 // Appended parameter: y = (x, w) for every sample.
 inline void append_pass(const LayerArgs<S>& a, const S* x, const S* w, S* y) {
   const index_t in = a.desc->in.channels, out = a.desc->out.channels;
-  for (index_t n = 0; n < a.samples; ++n) {
-    for (index_t i = 0; i < in; ++i) y[n * out + i] = x ? x[n * in + i] : S(0);
-    for (index_t i = in; i < out; ++i) y[n * out + i] = w ? w[i - in] : S(0);
+  for (index_t n = 0; n < a.samples; ++n, y += out) {
+    for_columns(in, [&](auto lanes, index_t i) { lanes.put(y + i, x ? lanes.get(x + i) : V{}); });
+    for_columns(out - in,
+                [&](auto lanes, index_t i) { lanes.put(y + in + i, w ? lanes.get(w + i) : V{}); });
+    if (x) x += in;
+  }
+}
+
+// out[c] = sum over rows of values[r * row + c], in double and in order: a few columns at a time,
+// so that their chains do not wait for each other. What a block reads beyond them is left out.
+inline void sum_rows_in_order(const S* values, index_t rows, index_t row, index_t columns, S* out) {
+  constexpr index_t kBlock = 8;
+  const S* end = values + (rows - 1) * row + columns;
+  for (index_t c = 0; c < columns; c += kBlock) {
+    const index_t width = min_of(kBlock, columns - c);
+    double sums[kBlock] = {};
+    const S* p = values + c;
+    index_t r = 0;
+    for (; r < rows && p + kBlock <= end; ++r, p += row) {
+#pragma GCC unroll 8
+      for (index_t i = 0; i < kBlock; ++i) sums[i] += double(p[i]);
+    }
+    for (; r < rows; ++r, p += row) {
+      for (index_t i = 0; i < width; ++i) sums[i] += double(p[i]);
+    }
+    for (index_t i = 0; i < width; ++i) out[c + i] = S(sums[i]);
   }
 }
 
 inline void append_adjoint(const LayerArgs<S>& a, const S* dy, S* dx, S* dw) {
   const index_t in = a.desc->in.channels, out = a.desc->out.channels;
   for (index_t n = 0; dx && n < a.samples; ++n) {
-    for (index_t i = 0; i < in; ++i) dx[n * in + i] = dy[n * out + i];
+    for_columns(in, [&](auto lanes, index_t i) {
+      lanes.put(dx + n * in + i, lanes.get(dy + n * out + i));
+    });
   }
-  for (index_t i = in; dw && i < out; ++i) {
-    double sum = 0;
-    for (index_t n = 0; n < a.samples; ++n) sum += double(dy[n * out + i]);
-    dw[i - in] = S(sum);
-  }
+  if (dw) sum_rows_in_order(dy + in, a.samples, out, out - in, dw);
 }
 
 inline void append_forward(const LayerArgs<S>& a, const Exec&) { append_pass(a, a.x, a.w, a.y); }

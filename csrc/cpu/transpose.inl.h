@@ -61,21 +61,26 @@ FM_INLINE void sum_each(V (&v)[kLanes]) {
   if constexpr (Step > 1) sum_each<Step / 2>(v);
 }
 
-// dst[c, r] = src[r, c], whose rows are `dst_row` apart
-inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst,
-                      index_t dst_row) {
+// dst[c, r] = src[r, c], whose rows are `dst_row` and `src_row` apart
+inline void transpose(const S* FM_RESTRICT src, index_t src_row, index_t rows, index_t columns,
+                      S* FM_RESTRICT dst, index_t dst_row) {
   for (index_t r = 0; r < rows; r += kLanes) {
     for (index_t c = 0; c < columns; c += kLanes) {
       const index_t height = min_of(kLanes, rows - r), width = min_of(kLanes, columns - c);
-      const S* from = src + r * columns + c;
+      const S* from = src + r * src_row + c;
       S* to = dst + c * dst_row + r;
       if (height == kLanes && width == kLanes) {
-        transpose_block<false>(from, columns, height, width, to, dst_row);
+        transpose_block<false>(from, src_row, height, width, to, dst_row);
       } else {
-        transpose_block<true>(from, columns, height, width, to, dst_row);
+        transpose_block<true>(from, src_row, height, width, to, dst_row);
       }
     }
   }
+}
+
+inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst,
+                      index_t dst_row) {
+  transpose(src, columns, rows, columns, dst, dst_row);
 }
 
 }  // namespace FM_KERNELS
