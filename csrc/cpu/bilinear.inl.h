@@ -11,82 +11,6 @@
 
 namespace FM_KERNELS {
 
-// One step of a transpose in registers: swaps the off-diagonal quarters of every block of 2 Step
-// rows and columns. After steps L/2, ..., 2, 1 the vectors hold the transpose.
-template <int Step, int... I>
-FM_INLINE void swap_quarters(V& a, V& b, std::integer_sequence<int, I...>) {
-  constexpr int L = int(kLanes);
-  const V upper = __builtin_shufflevector(a, b, (I & Step ? L + I - Step : I)...);
-  b = __builtin_shufflevector(a, b, (I & Step ? L + I : I + Step)...);
-  a = upper;
-}
-
-template <int Step>
-FM_INLINE void transpose_steps(V (&v)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < int(kLanes); ++i) {
-    if (!(i & Step)) {
-      swap_quarters<Step>(v[i], v[i + Step], std::make_integer_sequence<int, int(kLanes)>{});
-    }
-  }
-  if constexpr (Step > 1) transpose_steps<Step / 2>(v);
-}
-
-// A block of up to kLanes x kLanes; both sides have rows of the given strides.
-template <bool Partial>
-FM_INLINE void transpose_block(const S* src, index_t src_stride, index_t rows, index_t columns,
-                               S* dst, index_t dst_stride) {
-  V v[kLanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < int(kLanes); ++r) {
-    v[r] = !Partial           ? load(src + r * src_stride)
-           : r >= rows        ? V{}
-           : columns < kLanes ? load_first(src + r * src_stride, columns)
-                              : load(src + r * src_stride);
-  }
-  transpose_steps<int(kLanes) / 2>(v);
-#pragma GCC unroll 16
-  for (int c = 0; c < int(kLanes); ++c) {
-    if (!Partial) {
-      store(dst + c * dst_stride, v[c]);
-    } else if (c < columns) {
-      if (rows < kLanes) {
-        store_first(dst + c * dst_stride, v[c], rows);
-      } else {
-        store(dst + c * dst_stride, v[c]);
-      }
-    }
-  }
-}
-
-// Lane i of v[0] becomes the sum of the lanes of v[i], added in halves.
-template <int Step>
-FM_INLINE void sum_each(V (&v)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Step; ++i) {
-    swap_quarters<Step>(v[i], v[i + Step], std::make_integer_sequence<int, int(kLanes)>{});
-    v[i] += v[i + Step];
-  }
-  if constexpr (Step > 1) sum_each<Step / 2>(v);
-}
-
-// dst[c, r] = src[r, c], whose rows are `dst_row` apart
-inline void transpose(const S* FM_RESTRICT src, index_t rows, index_t columns, S* FM_RESTRICT dst,
-                      index_t dst_row) {
-  for (index_t r = 0; r < rows; r += kLanes) {
-    for (index_t c = 0; c < columns; c += kLanes) {
-      const index_t height = min_of(kLanes, rows - r), width = min_of(kLanes, columns - c);
-      const S* from = src + r * columns + c;
-      S* to = dst + c * dst_row + r;
-      if (height == kLanes && width == kLanes) {
-        transpose_block<false>(from, columns, height, width, to, dst_row);
-      } else {
-        transpose_block<true>(from, columns, height, width, to, dst_row);
-      }
-    }
-  }
-}
-
 inline const S* transposed_weights(const LayerDesc& d, const S* w, S* dst) {
   if (!w) return nullptr;
   const index_t in = d.in.channels, out = d.out.channels;
@@ -228,25 +152,6 @@ inline void bilinear_input_adjoint(const LayerArgs<S>& a, const Operands& operan
   dense_product(p, exec);
 }
 
-// Few outputs: rows of inputs fill the vectors better, so dw is computed transposed.
-inline void narrow_gradient(const LayerArgs<S>& a, const Operands& operands, S* dw,
-                            const Exec& exec) {
-  const index_t in = a.desc->in.channels, out = a.desc->out.channels;
-  const S scale = scale_of(a.weight_scale, a.weight_rate);
-  S* transposed = static_cast<S*>(exec.scratch);
-  Operands swapped;
-  for (int pair = 0; pair < operands.count; ++pair) {
-    swapped.add(operands.pair[pair].other, operands.pair[pair].src);
-  }
-  dense_gradient({out, in, dense_rows_of(a), swapped, 1, out, transposed, {}}, exec);
-  for (index_t i = 0; i < in; ++i) {
-    for (index_t o = 0; o < out; ++o) {
-      const S g = scale * transposed[o * in + i];
-      dw[i * out + o] = a.dw_base ? a.dw_base[i * out + o] + g : g;
-    }
-  }
-}
-
 inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& operands,
                                     const S* bias_source, S* dw, const Exec& exec) {
   const LayerDesc& d = *a.desc;
@@ -257,7 +162,6 @@ inline void bilinear_weight_adjoint(const LayerArgs<S>& a, const Operands& opera
              dw + d.bias_offset);
   }
   if (has_single_output(d)) return single_output_gradient(a, operands, dw);
-  if (d.dense() && out < kLanes && in > out) return narrow_gradient(a, operands, dw, exec);
   if (!d.dense()) {
     const WinogradSizes size(d, a.samples);
     if (size.outputs) return winograd_gradient(d, operands, a.samples, size, dw, exec);
@@ -302,22 +206,43 @@ inline void bilinear_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
 // Appended parameter: y = (x, w) for every sample.
 inline void append_pass(const LayerArgs<S>& a, const S* x, const S* w, S* y) {
   const index_t in = a.desc->in.channels, out = a.desc->out.channels;
-  for (index_t n = 0; n < a.samples; ++n) {
-    for (index_t i = 0; i < in; ++i) y[n * out + i] = x ? x[n * in + i] : S(0);
-    for (index_t i = in; i < out; ++i) y[n * out + i] = w ? w[i - in] : S(0);
+  for (index_t n = 0; n < a.samples; ++n, y += out) {
+    for_columns(in, [&](auto lanes, index_t i) { lanes.put(y + i, x ? lanes.get(x + i) : V{}); });
+    for_columns(out - in,
+                [&](auto lanes, index_t i) { lanes.put(y + in + i, w ? lanes.get(w + i) : V{}); });
+    if (x) x += in;
+  }
+}
+
+// out[c] = sum over rows of values[r * row + c], in double and in order: a few columns at a time,
+// so that their chains do not wait for each other. What a block reads beyond them is left out.
+inline void sum_rows_in_order(const S* values, index_t rows, index_t row, index_t columns, S* out) {
+  constexpr index_t kBlock = 8;
+  const S* end = values + (rows - 1) * row + columns;
+  for (index_t c = 0; c < columns; c += kBlock) {
+    const index_t width = min_of(kBlock, columns - c);
+    double sums[kBlock] = {};
+    const S* p = values + c;
+    index_t r = 0;
+    for (; r < rows && p + kBlock <= end; ++r, p += row) {
+#pragma GCC unroll 8
+      for (index_t i = 0; i < kBlock; ++i) sums[i] += double(p[i]);
+    }
+    for (; r < rows; ++r, p += row) {
+      for (index_t i = 0; i < width; ++i) sums[i] += double(p[i]);
+    }
+    for (index_t i = 0; i < width; ++i) out[c + i] = S(sums[i]);
   }
 }
 
 inline void append_adjoint(const LayerArgs<S>& a, const S* dy, S* dx, S* dw) {
   const index_t in = a.desc->in.channels, out = a.desc->out.channels;
   for (index_t n = 0; dx && n < a.samples; ++n) {
-    for (index_t i = 0; i < in; ++i) dx[n * in + i] = dy[n * out + i];
+    for_columns(in, [&](auto lanes, index_t i) {
+      lanes.put(dx + n * in + i, lanes.get(dy + n * out + i));
+    });
   }
-  for (index_t i = in; dw && i < out; ++i) {
-    double sum = 0;
-    for (index_t n = 0; n < a.samples; ++n) sum += double(dy[n * out + i]);
-    dw[i - in] = S(sum);
-  }
+  if (dw) sum_rows_in_order(dy + in, a.samples, out, out - in, dw);
 }
 
 inline void append_forward(const LayerArgs<S>& a, const Exec&) { append_pass(a, a.x, a.w, a.y); }

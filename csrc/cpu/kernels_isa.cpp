@@ -36,7 +36,9 @@
 // clang-format off
 #include "cpu/simd.inl.h"
 #include "cpu/product.inl.h"
+#include "cpu/transpose.inl.h"
 #include "cpu/dense.inl.h"
+#include "cpu/dense_tail.inl.h"
 #include "cpu/winograd_product.inl.h"
 #include "cpu/winograd.inl.h"
 #include "cpu/winograd_gradient.inl.h"

@@ -154,15 +154,65 @@ FM_INLINE void for_moves(const Move<S>* moves, index_t count, index_t tasks, Bod
   }
 }
 
+// An index in rows of `columns` elements, `stride` apart in the model: weights lie transposed
+// there.
+struct IndexRows {
+  index_t columns = 1, stride = 1;
+
+  IndexRows(const std::int32_t* index, index_t n) {
+    if (n < 2) return;
+    stride = index[1] - index[0];
+    for (columns = 2; columns < n && index[columns] - index[columns - 1] == stride;) ++columns;
+  }
+
+  // Whether kLanes rows from element e on start side by side, and each reaches as far as the first.
+  bool side_by_side(const std::int32_t* index, index_t e, index_t n) const {
+    if (stride < kLanes || e + kLanes * columns > n) return false;
+    for (index_t r = 0; r < kLanes; ++r) {
+      const std::int32_t* row = index + e + r * columns;
+      if (row[0] != index[e] + r || row[columns - 1] != row[0] + (columns - 1) * stride)
+        return false;
+    }
+    return true;
+  }
+};
+
+// Calls transposed(rows, e) for kLanes rows that lie side by side in the model, and lone(i) for
+// elements elsewhere.
+template <class Transposed, class Lone>
+FM_INLINE void for_index(const std::int32_t* index, index_t n, Transposed&& transposed,
+                         Lone&& lone) {
+  const IndexRows rows(index, n);
+  for (index_t e = 0; e < n;) {
+    if (rows.side_by_side(index, e, n)) {
+      transposed(rows, e);
+      e += kLanes * rows.columns;
+    } else {
+      const index_t end = min_of(n, e + rows.columns);
+      for (; e < end; ++e) lone(e);
+    }
+  }
+}
+
 inline void gather(const Move<S>* moves, index_t count, index_t tasks, const Exec&) {
   for_moves(moves, count, tasks, [](index_t n, const std::int32_t* index, const S* src, S* dst) {
-    for (index_t i = 0; i < n; ++i) dst[i] = src[index[i]];
+    for_index(
+        index, n,
+        [=](const IndexRows& rows, index_t e) {
+          transpose(src + index[e], rows.stride, rows.columns, kLanes, dst + e, rows.columns);
+        },
+        [=](index_t i) { dst[i] = src[index[i]]; });
   });
 }
 
 inline void scatter(const Move<S>* moves, index_t count, index_t tasks, const Exec&) {
   for_moves(moves, count, tasks, [](index_t n, const std::int32_t* index, const S* src, S* dst) {
-    for (index_t i = 0; i < n; ++i) dst[index[i]] = src[i];
+    for_index(
+        index, n,
+        [=](const IndexRows& rows, index_t e) {
+          transpose(src + e, rows.columns, kLanes, rows.columns, dst + index[e], rows.stride);
+        },
+        [=](index_t i) { dst[index[i]] = src[i]; });
   });
 }
 
