@@ -46,6 +46,7 @@ NAMES = [
     "batch-norm-pool-3x3-of-5",
     "conv-norm-pool-3x3-of-3to16",
     "conv-norm-pool-3x3-of-1to5",
+    "conv-norm-pool-3x3-of-3to32",
     "avg-pool-2-s2-remainder",
     "global-pool-9",
     "cross-entropy-17-n7-mean",

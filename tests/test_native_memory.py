@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ NAMES = [
     "batch-norm-pool-3x3-of-5",
     "conv-norm-pool-3x3-of-3to16",
     "conv-norm-pool-3x3-of-1to5",
+    "conv-norm-pool-3x3-of-3to32",
     "avg-pool-2-s2-remainder",
     "global-pool-9",
     "cross-entropy-17-n7-sum_over_ways",
@@ -134,6 +137,32 @@ def test_one_slot_per_task_in_work(count):
     assert plan.slots == min(count, 2)
     assert plan.total == plan.shared + plan.slots * plan.slot
     assert engine._workspace.numel() == plan.total
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """The kernel's flags of the memory around an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, last = (int(end, 16) for end in found.groups())
+            inside = first <= address < last
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise ValueError(f"{address:#x} is not mapped")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    or not Path("/proc/self/smaps").exists(),
+    reason="this kernel has no transparent huge pages",
+)
+def test_large_workspaces_ask_for_huge_pages():
+    c = case("omniglot-conv")
+    engine = native(c)
+    for size, flag in ((64 << 20, True), (1 << 20, False)):
+        space = engine._larger(size)
+        inside = space.data_ptr() + size // 2
+        assert ("hg" in flags_of_mapping(inside)) == flag
 
 
 def without_workspace(arguments: tuple) -> tuple:

@@ -9,6 +9,7 @@
 #include "bind/bench.h"
 #include "common/error.h"
 #include "cpu/backend_cpu.h"
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
 namespace fm {
@@ -226,5 +227,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("use_isa", &cpu::use_isa);
+  m.def("wish_for_huge_pages",
+        [](Address memory, index_t bytes) { cpu::wish_for_huge_pages(at<char>(memory), bytes); });
   define_bench(m);
 }

@@ -23,10 +23,11 @@ constexpr int kBandTile = 6;
 // What the scratch memory of a fused convolution holds, see StripSizes.
 struct ConvBand {
   const LayerDesc* d;
-  index_t channels, outputs, width;    // width: outputs in whole vectors of up to 16
-  index_t run, row, inputs;            // kernel width * C, padded row of x, kernel pixels * C
-  S *panel, *bands, *adjoints, *sums;  // [inputs + 1, width]; a part each
-  index_t band_size, adjoint_size, sum_size;
+  index_t channels, outputs, width;         // width: outputs in whole vectors of up to 16
+  index_t run, row, inputs;                 // kernel width * C, padded row of x, kernel pixels * C
+  S *panel, *moments;                       // [inputs + 1, width]; two such
+  S *bands, *adjoints, *sums, *patch_sums;  // a part each
+  index_t band_size, adjoint_size, sum_size, patch_size;
 
   ConvBand(const LayerDesc& desc, const Exec& exec) : d(&desc) {
     const StripSizes size(desc);
@@ -40,14 +41,18 @@ struct ConvBand {
     adjoint_size = size.adjoint;
     sum_size = size.panel;
     panel = static_cast<S*>(exec.scratch) + size.norm;
-    bands = panel + size.panel;
+    patch_size = size.patch;
+    moments = panel + size.panel;
+    bands = moments + 2 * size.panel;
     adjoints = bands + kStatisticParts * band_size;
     sums = adjoints + kStatisticParts * adjoint_size;
+    patch_sums = sums + kStatisticParts * sum_size;
   }
 
   S* band(index_t part) const { return bands + part * band_size; }
   S* adjoint(index_t part) const { return adjoints + part * adjoint_size; }
   S* sum(index_t part) const { return sums + part * sum_size; }
+  S* patch_sum(index_t part) const { return patch_sums + part * patch_size; }
 
   // weights (null: zero) and bias
   void load_weights(const S* w) const {

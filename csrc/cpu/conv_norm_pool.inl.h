@@ -148,18 +148,4 @@ inline void conv_norm_pool_tangent_backward(const LayerArgs<S>& a, const Exec& e
   });
 }
 
-// A bilinear layer's passes: with what is above it, or alone.
-inline void conv_forward(const LayerArgs<S>& a, const Exec& exec) {
-  return a.above ? conv_norm_pool_forward(a, exec) : bilinear_forward(a, exec);
-}
-inline void conv_backward(const LayerArgs<S>& a, const Exec& exec) {
-  return a.above ? conv_norm_pool_backward(a, exec) : bilinear_backward(a, exec);
-}
-inline void conv_tangent_forward(const LayerArgs<S>& a, const Exec& exec) {
-  return a.above ? conv_norm_pool_tangent_forward(a, exec) : bilinear_tangent_forward(a, exec);
-}
-inline void conv_tangent_backward(const LayerArgs<S>& a, const Exec& exec) {
-  return a.above ? conv_norm_pool_tangent_backward(a, exec) : bilinear_tangent_backward(a, exec);
-}
-
 }  // namespace FM_KERNELS

@@ -7,7 +7,7 @@ namespace fm {
 
 // Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
 // pooling the winning tap of every output (as an integer of the scalar's width), both fused three
-// more per channel and the winner's x and tx.
+// more per channel and the winner's x and tx, a convolution in strips the moments of its patches.
 index_t saved_count(const LayerDesc& d, index_t samples) {
   if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
   if (d.kind == LayerKind::batch_norm_pool) {
@@ -15,6 +15,10 @@ index_t saved_count(const LayerDesc& d, index_t samples) {
   }
   if (d.kind == LayerKind::layer_norm) return 6 * samples;
   if (d.kind == LayerKind::max_pool) return samples * d.out.size();
+  if (d.strip_rows > 0) {
+    const index_t inputs = StripSizes(d).inputs;
+    return inputs * (inputs + 1);
+  }
   return 0;
 }
 
@@ -42,6 +46,8 @@ StripSizes::StripSizes(const LayerDesc& d) {
   panel = (inputs + 1) * width;
   band = align_up((d.strip_rows + d.window.kernel[0] - 1) * row, 16);
   adjoint = align_up(d.strip_rows * d.out.width * d.out.channels + 16, 16);  // a vector to spare
+  // 9 in double and 6 in the scalar type, each a kernel row's products with another and its sums
+  patch = (2 * 9 + 6) * (d.window.kernel[1] * d.in.channels + 1) * 16;
 }
 
 // Scratch: the transposed weights and their tangents, or the parts of a weight gradient, or what

@@ -127,13 +127,16 @@ index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
 
 // Scratch of a convolution in strips, in this order: the norm's sums; weights and bias in whole
-// vectors of outputs; and for each part of the strips the rows of x that one sees, its dy, and sums
-// for dw and the bias.
+// vectors of outputs, and two of their products with the moments of patches of x; and for each part
+// of the strips the rows of x that one sees, its y or dy, sums for dw and the bias, and sums of
+// products of pixels of x: of nine pairs of rows, in vectors of up to 16 elements.
 struct StripSizes {
-  index_t norm, panel, band, adjoint;
+  index_t norm, panel, band, adjoint, patch;
   index_t width, row, inputs;  // of a panel; of a band; kernel pixels * channels
   explicit StripSizes(const LayerDesc& desc);
-  index_t total() const { return norm + panel + kStatisticParts * (band + adjoint + panel); }
+  index_t total() const {
+    return norm + 3 * panel + kStatisticParts * (band + adjoint + panel + patch);
+  }
 };
 
 // Parts that a backend in lockstep cuts the sum of a bilinear layer's weight gradient into, which

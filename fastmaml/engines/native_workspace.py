@@ -85,6 +85,8 @@ class Calls:
 
     def _larger(self, size: int) -> Tensor:
         self._workspace = space = self._empty((size,), torch.uint8)
+        if self._device.type == "cpu":
+            self._core.wish_for_huge_pages(_native.own_address(space), size)
         return space
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
