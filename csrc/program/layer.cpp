@@ -59,4 +59,14 @@ index_t scratch_count(const LayerDesc& d, index_t samples) {
   return 0;
 }
 
+// A block takes four rounds to go over as much as a second launch costs.
+index_t loss_parts(index_t samples) {
+  return samples <= 4 * kLossBlock ? 1 : (samples + kLossBlock - 1) / kLossBlock;
+}
+
+index_t loss_scratch_count(index_t samples) {
+  const index_t parts = loss_parts(samples);
+  return parts > 1 ? 2 * 2 * parts : 0;
+}
+
 }  // namespace fm

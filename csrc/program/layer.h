@@ -141,6 +141,12 @@ struct StripSizes {
 // in scratch. They don't depend on the number of tasks.
 index_t gradient_parts(const LayerDesc& desc, index_t samples);
 
+// A GPU sums the loss of many samples block by block, and then the sums of a task in order. Each is
+// a value and a number of hits, in double, and may take two elements of scratch for either.
+constexpr index_t kLossBlock = 256;
+index_t loss_parts(index_t samples);
+index_t loss_scratch_count(index_t samples);
+
 // The last six belong to policies, math/policy.h.
 enum class LossKind : int {
   squared_error,
