@@ -99,7 +99,8 @@ struct LayerArgs {
   S* ty = nullptr;                                     // [T, N, out]
   S* tdx = nullptr;                                    // [T, N, in]
   S* tdw = nullptr;                                    // [T, P_l]
-  S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
+  S* saved = nullptr;              // [T, saved_count] what a pass keeps for the later ones
+  const S* saved_below = nullptr;  // what the layer below has saved, of a dense layer's relu_input
   // Dense bilinear layers, and all layers of a backend that `updates`: dw and tdw are dw_base +
   // scale * rate * the adjoint, with a scale and a rate for the weight and for the bias. The base
   // may be dw itself, and so may tw be tdw; a null base is zero. Rates are numbers in backend
@@ -121,6 +122,10 @@ struct LayerArgs {
 constexpr index_t kStatisticParts = 16;
 // In lockstep in this many: a few tasks should fill a GPU.
 constexpr index_t kLockstepParts = 32;
+
+// Words of 32 outputs of a ReLU that is part of a dense layer: whether they are positive. A GPU
+// saves them; a CPU, whose outputs are in its caches, looks at those.
+FM_INLINE index_t sign_words(index_t channels) { return (channels + 31) / 32; }
 
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);
