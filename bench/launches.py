@@ -87,20 +87,21 @@ def _product(kind: str, f: Facts) -> list[Share]:
     flops = 2 * tasks * samples * f["multiply_adds"]
     depth = f["multiply_adds"] // max(1, f["out"])  # taps times channels
     forward = _unit(f["channels_out"], depth)
+    signs = tasks * f["saved"]  # a ReLU's own, a bit an output
     if kind == "forward":
-        return [Share("outputs", x + w + y, flops, forward)]
+        return [Share("outputs", x + w + y + signs, flops, forward)]
     if kind == "tangent_forward":
         second = (x + w) * f["tx"]
-        mask = y * f["relu"]
         pairs = f["tx"] + f["tw"]
-        read = (x + own) * f["tw"] + second + mask
+        read = (x + own) * f["tw"] + second + signs
         return [Share("outputs", read + y, pairs * flops, forward)]
     tangent = kind == "tangent_backward"
     dx, dw = (f["tdx"], f["tdw"]) if tangent else (f["dx"], f["dw"])
     shares = []
     if dx:
         second = tangent and f["tw"]
-        read = y + w + (y + own if second else 0) + x * f["relu_input"]
+        below = x // f["channels_in"] * -(-f["channels_in"] // 32)
+        read = y + w + (y + own if second else 0) + below * f["relu_input"]
         unit = _unit(f["channels_in"], LEAST * f["channels_out"])
         shares.append(Share("inputs", read + x, (1 + second) * flops, unit))
     if dw:
@@ -121,14 +122,15 @@ _PASSES = {
     "tangent_forward": (2, 1),
     "tangent_backward": (3, 2),
 }
-_BY_INDEX = {kind: (1, 1) for kind in _PASSES}  # pooling follows saved indices
+_BY_INDEX = {kind: (1, 1) for kind in _PASSES}
+_COPIES = ("max_pool", "average_pool", "append_parameter")  # read one, write the other
 _BY_MASK = {**_PASSES, "tangent_backward": (2, 1)}  # ReLU's second derivative is zero
 
 
 def _plain(what: str, kind: str, f: Facts) -> int:
     """Elements that a pass of any other layer moves."""
     x, y = (f["tasks"] * f["samples"] * f[side] for side in ("in", "out"))
-    table = {"relu": _BY_MASK, "max_pool": _BY_INDEX, "average_pool": _BY_INDEX}
+    table = {"relu": _BY_MASK, **dict.fromkeys(_COPIES, _BY_INDEX)}
     of_x, of_y = table.get(what, _PASSES)[kind]
     if kind == "backward" and not f["dx"]:
         of_x -= 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from emulated_build import ROOT, compile_driver
+from emulated_signs import packed_signs, unpacked_signs
 from torch import Tensor
 from torch.nn import functional, grad
 
@@ -41,6 +42,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*_INPUTS, *_RESULTS, "dw_base")),
         *((name, ctypes.c_double) for name in ("weight_scale", "bias_scale")),
         *((n, ctypes.c_void_p) for n in ("weight_rate", "bias_rate", "scratch")),
+        *((n, ctypes.c_void_p) for n in ("saved", "saved_below")),
     )
 
 
@@ -317,6 +319,13 @@ def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
     library.scratch_elements.restype = ctypes.c_int64
     scratch = memory.empty(layer.tasks * library.scratch_elements(ctypes.byref(call)))
     call.scratch = scratch.data_ptr()
+    library.saved_elements.restype = ctypes.c_int64
+    count = library.saved_elements(ctypes.byref(call))
+    saved = memory.empty(layer.tasks * count).view(layer.tasks, -1)
+    call.saved = saved.data_ptr() if count else None
+    if layer.relu_input:
+        below = memory.put(packed_signs(inputs["x"].flatten(1, -2), o.dtype))
+        call.saved_below = below.data_ptr()
     if o.rates:
         held = [memory.put(torch.tensor([r], dtype=o.dtype)) for r in o.rates]
         call.weight_rate, call.bias_rate = (h.data_ptr() for h in held)
@@ -339,7 +348,12 @@ def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
         if library.run_pass(ctypes.byref(call), message, len(message)):
             raise RuntimeError(message.value.decode())
     memory.check()
-    return _unpacked(layer, out)
+    result = _unpacked(layer, out)
+    if layer.relu and "forward" in o.passes:
+        rows = result["y"].flatten(1, -2)
+        signs = unpacked_signs(saved, rows.shape[1], layer.out)
+        assert torch.equal(signs, rows > 0), "signs of a ReLU's outputs"
+    return result
 
 
 def _like() -> list[tuple[str, str]]:

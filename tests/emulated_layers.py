@@ -91,9 +91,8 @@ class Driver:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.last_error.restype = ctypes.c_char_p
-        library.saved_elements.restype = library.scratch_elements.restype = (
-            ctypes.c_int64
-        )
+        for name in ("saved", "scratch", "loss_scratch"):
+            getattr(library, f"{name}_elements").restype = ctypes.c_int64
 
     def call(self, name: str, *arguments: Any) -> None:
         if getattr(self.library, name)(*map(_argument, arguments)):

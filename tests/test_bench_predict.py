@@ -139,6 +139,17 @@ def test_a_linear_layer_by_hand():
     assert found[2].elements == 4 * 96 + 96
 
 
+def test_signs_of_a_relu_by_hand():
+    """A word for up to 32 outputs of a sample: 2 * 3 above the layer and below it."""
+    below = facts(relu=1, saved=3, tw=1)
+    (forward,) = launches.shares(("bilinear", "forward", below))
+    assert forward.elements == 30 + 48 + 42 + 6
+    (tangent,) = launches.shares(("bilinear", "tangent_forward", below))
+    assert tangent.elements == 30 + 96 + 42 + 6
+    (inputs,) = launches.shares(("bilinear", "backward", facts(relu_input=1, dx=1)))
+    assert inputs.elements == 42 + 48 + 30 + 6
+
+
 def test_launches_that_are_not_understood_are_refused():
     operation = ("bilinear", "backward", facts(dx=1, dw=1))
     kernel = (0, "bilinear_kernel<S>(P)", (1, 1, 1), 128, 0)

@@ -59,6 +59,7 @@ def loss_case(kind, tasks, samples, outputs):
 
 def run_loss(driver, kind, dtype, z, target, tz, scale, *, stride=3, gradient=True):
     memory, values = Memory(dtype, 1), Memory(torch.float64)
+    room = Memory(dtype)  # on a cache line, as the engine's scratch
     tasks, samples, outputs = z.shape
     typed = target if kind == 1 else memory.put(target.to(dtype))
     put = [memory.put(v.to(dtype)) for v in (z, tz)]
@@ -66,11 +67,12 @@ def run_loss(driver, kind, dtype, z, target, tz, scale, *, stride=3, gradient=Tr
     value, accuracy = (values.empty(tasks * stride) for _ in range(2))
     sizes = (double(dtype), tasks, samples, outputs, scale)
     given = dz if gradient else None
-    rest = (put[0], typed, put[1], given, tdz, value, accuracy, stride)
+    scratch = room.empty(tasks * driver.library.loss_scratch_elements(samples))
+    rest = (put[0], typed, put[1], given, tdz, value, accuracy, stride, scratch)
     for hessian in (0, 1):
         driver.call("loss", kind, hessian, *sizes, *rest)
-    memory.check()
-    values.check()
+    for one in (memory, values, room):
+        one.check()
     rows = value.view(tasks, stride), accuracy.view(tasks, stride)
     assert all(r[:, 1:].isnan().all() for r in rows)
     return rows[0][:, 0], rows[1][:, 0], dz, tdz
@@ -102,6 +104,27 @@ def test_losses_are_those_of_torch(driver, kind, samples, outputs, dtype):
         assert accuracy.isnan().all()
     same = run_loss(driver, kind, dtype, z, y, tz, scale, gradient=False)
     assert torch.equal(same[0], value) and same[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "samples"), [(0, 1024), (0, 70_000), (1, 1025), (2, 1025)]
+)
+def test_many_samples_are_summed_in_parts(driver, kind, samples):
+    z, y, tz = loss_case(kind, 2, samples, 2)
+    together = run_loss(driver, kind, torch.float64, z, y, tz, 0.1)
+    want = 0.1 * LOSSES[kind](z, y)
+    torch.testing.assert_close(together[0], want, rtol=1e-12, atol=1e-9)
+    if kind == 1:
+        hits = (z.argmax(-1) == y).double().mean(-1)
+        torch.testing.assert_close(together[1], hits, rtol=0, atol=1e-12)
+    alone = run_loss(driver, kind, torch.float64, z[1:], y[1:], tz[1:], 0.1)
+    for some, one in zip(together, alone, strict=True):
+        assert torch.equal(some[1].nan_to_num(), one[0].nan_to_num())
+    half = samples // 2
+    some = (v[:, half:].contiguous() for v in (z, y, tz))
+    assert torch.equal(
+        run_loss(driver, kind, torch.float64, *some, 0.1)[2], together[2][:, half:]
+    )
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**40, -(2**40)])

@@ -54,9 +54,9 @@ LAYERS = [
 ]
 # Their weight gradients are summed in parts.
 LONG = [
-    Layer(20, 6, samples=1100),
+    Layer(20, 6, samples=2100),
     Layer(4, 8, samples=17, tasks=1, height=8, width=8, **SQUARE),
-    Layer(5, 70, samples=1030, shared=True, relu=True),
+    Layer(5, 70, samples=2060, tasks=1, shared=True, relu=True),
 ]
 every_layer = pytest.mark.parametrize("layer", [*LAYERS, *LONG], ids=str)
 some_layers = pytest.mark.parametrize(

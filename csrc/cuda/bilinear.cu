@@ -157,12 +157,13 @@ class Passes {
       case Pass::forward: {
         Product<S> p = product(Form::outputs, {a_.x, a_.w, in_, a_.w_stride}, {});
         p.relu = d_.relu;
+        if (d_.relu) write_signs(p, a_.saved);
         return outputs(p, a_.w, a_.w_stride, a_.y);
       }
       case Pass::tangent_forward: {
         Product<S> p = product(Form::outputs, {a_.x, a_.tw, in_, a_.tw_stride},
                                {a_.tx, a_.w, in_, a_.w_stride});
-        p.mask = d_.relu ? a_.y : nullptr;
+        if (d_.relu) read_signs(p, a_.saved);
         return outputs(p, a_.tw, a_.tw_stride, a_.ty);
       }
       case Pass::backward: {
@@ -189,6 +190,20 @@ class Passes {
     return p;
   }
 
+  // The signs of a ReLU's outputs that a layer saves, as many as the product has results.
+  static void size_signs(Product<S>& p) {
+    p.sign_words = int(sign_words(p.shape.columns));
+    p.sign_stride = index_t(p.shape.rows) * p.sign_words * index_t(sizeof(S) / sizeof(unsigned));
+  }
+  static void write_signs(Product<S>& p, S* saved) {
+    size_signs(p);
+    p.signs = reinterpret_cast<unsigned*>(saved);
+  }
+  static void read_signs(Product<S>& p, const S* saved) {
+    size_signs(p);
+    p.mask = reinterpret_cast<const unsigned*>(saved);
+  }
+
   using Launcher = void (*)(Product<S>, index_t, Choice, const Exec&);
   void launch_with(Launcher launcher, Product<S>& p, S* result, index_t stride) const {
     constexpr index_t kUnit = 16 / sizeof(S);
@@ -201,8 +216,7 @@ class Passes {
       p.wide_b = p.wide_b && aligned(p.pair[i].b, p.pair[i].b_stride);
     }
     p.wide_out = p.shape.columns % 4 == 0 && aligned(result, stride) &&
-                 aligned(result, p.part_stride) && aligned(p.mask, stride) &&
-                 aligned(p.base, p.base_stride);
+                 aligned(result, p.part_stride) && aligned(p.base, p.base_stride);
     launcher(p, a_.tasks, chooser_(p.shape, a_.tasks, exec_.precision, sizeof(S)), exec_);
   }
 
@@ -217,7 +231,7 @@ class Passes {
   void inputs(Pair first, Pair second, S* dx) const {
     if (!dx) return;
     Product<S> p = product(Form::inputs, first, second);
-    p.mask = d_.relu_input ? a_.x : nullptr;
+    if (d_.relu_input) read_signs(p, a_.saved_below);
     launch_with(launch_inputs<S>, p, dx, in_);
   }
 

@@ -75,8 +75,11 @@ struct Product {
   // What becomes of a sum: outputs and inputs...
   const S* bias = nullptr;  // [columns]
   index_t bias_stride = 0;
-  bool relu = false;        // negative values become zero
-  const S* mask = nullptr;  // as the result: zero where this is not positive
+  bool relu = false;               // negative values become zero
+  unsigned* signs = nullptr;       // where it is told which are positive (sign_bits.cuh)
+  const unsigned* mask = nullptr;  // such signs of the result's size: zero where they are not set
+  int sign_words = 0;              // of a row, and from task to task
+  index_t sign_stride = 0;
   // ... and weights: result = base + scale * rate * sum
   const S* base = nullptr;
   index_t base_stride = 0;

@@ -2,7 +2,7 @@
 //
 //   tables     where the tile's pixels lie (PixelRow), and where their results go
 //   pipeline   kStages tiles of both operands in flight by asynchronous copies, one barrier a tile
-//   epilogue   bias, ReLU, mask, or base + scale * sum, from registers
+//   epilogue   bias, ReLU and its signs, mask, or base + scale * sum, from registers
 //
 // Operand pairs follow each other in the sum, so that a tangent product is one pass with twice the
 // depth. The blocks of `weights` with the first rows also add up the columns of b: the adjoint of
@@ -13,6 +13,7 @@
 #include "cuda/bilinear_gather.cuh"
 #include "cuda/bilinear_tensor.cuh"
 #include "cuda/bilinear_tile.cuh"
+#include "cuda/sign_bits.cuh"
 
 namespace FM_CUDA {
 
@@ -285,23 +286,30 @@ FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(con
     }
   } else {
     const S* add = p.bias ? p.bias + at.task * p.bias_stride : nullptr;
-    const S* mask = p.mask ? p.mask + at.task * p.result_stride : nullptr;
-    loop.template for_each<L>([&](int row, int column, const auto& run) {
-      const int target = targets[row];
-      const int width = s.columns - feed.n0 - column;
-      if (target < 0 || width <= 0) return;
-      store_run(result, index_t(target) * s.columns + feed.n0 + column, run, width, p.wide_out,
-                [&](auto v, index_t index, int width) {
+    const unsigned* mask = p.mask ? p.mask + at.task * p.sign_stride : nullptr;
+    unsigned* signs = p.signs ? p.signs + at.task * p.sign_stride : nullptr;
+    const SignTile<Loop::kTileM, Loop::kTileN> of_tile{reinterpret_cast<unsigned char*>(shared)};
+    if (form == Form::outputs && signs) __syncthreads();  // nobody reads the stages any more
+    loop.template for_each<L>([&](int row, int column, auto run) {
+      constexpr int N = int(sizeof(run.v) / sizeof(S));
+      const int target = targets[row], first = feed.n0 + column, width = s.columns - first;
 #pragma unroll
-                  for (int i = 0; i < int(sizeof(v.v) / sizeof(S)); ++i) {
-                    if (i >= width) break;
-                    if (add) v.v[i] += add[feed.n0 + column + i];
-                    if (p.relu && v.v[i] < S(0)) v.v[i] = 0;
-                    if (mask && !(mask[index + i] > S(0))) v.v[i] = 0;
-                  }
-                  return v;
-                });
+      for (int i = 0; i < N; ++i) {
+        if (add && i < width) run.v[i] += add[first + i];
+        if (p.relu && run.v[i] < S(0)) run.v[i] = 0;
+      }
+      if constexpr (form == Form::outputs) {
+        if (signs) of_tile.put(row, column, run, width);
+      }
+      if (target < 0 || width <= 0) return;
+      if (mask) mask_by_signs(run, mask + target * p.sign_words, first);
+      store_run(result, index_t(target) * s.columns + first, run, width, p.wide_out,
+                [](auto v, index_t, int) { return v; });
     });
+    if (form == Form::outputs && signs) {
+      __syncthreads();
+      of_tile.store(signs, targets, p.sign_words, feed.n0);
+    }
   }
 }
 

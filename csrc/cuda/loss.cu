@@ -1,8 +1,10 @@
 // Losses: one sample in sample_loss.cuh.
 //
-// The value of a task is a sum in double over its samples: a block takes a task, a thread every
-// 256th sample, then the block adds up in fixed order. Hessian products need no sum, so a thread
-// takes a sample of any task.
+// The value of a task is a sum in double over its samples: a block takes a part of a task's, all of
+// them if they are few (loss_parts), a thread every 256th of the part, then the block adds up in
+// fixed order. A second kernel adds up the parts. Where parts begin depends on the number of
+// samples alone. Hessian products need no sum, so a thread takes a sample of any task.
+//
 // Labels are in device memory, where nobody has checked them. One out of range reads nothing: the
 // sample's dz and the task's value are NaN, and the accuracy counts a miss. The Hessian of
 // cross-entropy takes no label, so tdz is the same whatever it is.
@@ -22,27 +24,50 @@ struct LossParams {
   S *dz, *tdz;
   double *value, *accuracy;  // both null or neither
   index_t value_stride;
+  double* sums;  // [T, parts, 2] values and hits, where there are several
   S scale;
-  int tasks, samples, outputs;
+  int tasks, samples, outputs, parts, part;  // part: samples of one
 };
+
+// `sums` are of all samples of a task
+template <bool Accuracy, class S>
+FM_DEVICE void put_value(const LossParams<S>& p, int task, const double (&sums)[2]) {
+  p.value[task * p.value_stride] = sums[0];
+  p.accuracy[task * p.value_stride] =
+      Accuracy ? sums[1] / double(p.samples) : not_a_number<double>();
+}
 
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kThreads, 1) loss_value_kernel(const LossParams<S> p) {
-  const int task = int(blockIdx.x);
+  const int task = int(blockIdx.x) / p.parts, part = int(blockIdx.x) % p.parts;
+  const int first = part * p.part, end = min_of(first + p.part, p.samples);
   double value = 0;
   int hits = 0;
-  for (int i = int(threadIdx.x); i < p.samples; i += int(blockDim.x)) {
+  for (int i = first + int(threadIdx.x); i < end; i += int(blockDim.x)) {
     const index_t n = index_t(task) * p.samples + i, row = n * p.outputs;
     const SampleLoss loss = Loss::value(p, n, p.z + row, shifted(p.dz, row));
     value += loss.value;
     hits += loss.hit;
   }
+  if (!p.value) return;
   double sums[2] = {value, double(hits)};
   block_sum(sums, shared_memory<double>());
-  if (threadIdx.x != 0 || !p.value) return;
-  p.value[task * p.value_stride] = sums[0];
-  p.accuracy[task * p.value_stride] =
-      Loss::kAccuracy ? sums[1] / double(p.samples) : not_a_number<double>();
+  if (threadIdx.x != 0) return;
+  if (p.parts == 1) return put_value<Loss::kAccuracy>(p, task, sums);
+  for (int i = 0; i < 2; ++i) p.sums[2 * index_t(blockIdx.x) + i] = sums[i];
+}
+
+// A block takes a task, a thread every 256th part.
+template <class S, bool Accuracy>
+FM_KERNEL void __launch_bounds__(kThreads, 1) loss_parts_kernel(const LossParams<S> p) {
+  const int task = int(blockIdx.x);
+  double sums[2] = {};
+  for (int part = int(threadIdx.x); part < p.parts; part += int(blockDim.x)) {
+    const double* of_part = p.sums + 2 * (index_t(task) * p.parts + part);
+    for (int i = 0; i < 2; ++i) sums[i] += of_part[i];
+  }
+  block_sum(sums, shared_memory<double>());
+  if (threadIdx.x == 0) put_value<Accuracy>(p, task, sums);
 }
 
 template <class S, class Loss>
@@ -54,21 +79,38 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) loss_hessian_kernel(const LossPara
 }
 
 template <class S>
-LossParams<S> params_of(const LossArgs<S>& a) {
-  return {a.z,        a.tz,           a.target, a.dz,         a.tdz,          a.value,
-          a.accuracy, a.value_stride, a.scale,  int(a.tasks), int(a.samples), int(a.outputs)};
+LossParams<S> params_of(const LossArgs<S>& a, const Exec& exec) {
+  const index_t parts = loss_parts(a.samples);
+  return {a.z,
+          a.tz,
+          a.target,
+          a.dz,
+          a.tdz,
+          a.value,
+          a.accuracy,
+          a.value_stride,
+          static_cast<double*>(exec.scratch),
+          a.scale,
+          int(a.tasks),
+          int(a.samples),
+          int(a.outputs),
+          int(parts),
+          int(parts > 1 ? kLossBlock : a.samples)};
 }
 
 template <class Loss, class S>
 void run_value(const LossArgs<S>& a, const Exec& exec) {
-  launch((loss_value_kernel<S, Loss>), unsigned(a.tasks), kThreads, 2 * kWarp * sizeof(double),
-         exec, params_of(a));
+  constexpr std::size_t kShared = 2 * kWarp * sizeof(double);
+  const LossParams<S> p = params_of(a, exec);
+  launch((loss_value_kernel<S, Loss>), unsigned(a.tasks * p.parts), kThreads, kShared, exec, p);
+  if (!p.value || p.parts == 1) return;
+  launch((loss_parts_kernel<S, Loss::kAccuracy>), unsigned(a.tasks), kThreads, kShared, exec, p);
 }
 
 template <class Loss, class S>
 void run_hessian(const LossArgs<S>& a, const Exec& exec) {
   launch((loss_hessian_kernel<S, Loss>), flat_blocks(a.tasks * a.samples, "loss"), kThreads, 0,
-         exec, params_of(a));
+         exec, params_of(a, exec));
 }
 
 }  // namespace

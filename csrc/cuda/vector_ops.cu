@@ -178,13 +178,24 @@ struct MeanParams {
   S* out;
 };
 
+// A warp takes every kMeanWarps-th row of 32 columns, and the warps' sums are added in order: a
+// column alone has too few threads to keep memory busy.
+constexpr int kMeanWarps = int(kThreads / kWarp);
+
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<S> p) {
-  const index_t j = p.begin + index_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (j >= p.end) return;
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
+  const index_t j = p.begin + index_t(blockIdx.x) * kWarp + lane;
+  double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
   double sum = 0;
-  FM_UNROLL_BY_FOUR
-  for (index_t t = 0; t < p.rows; ++t) sum += double(p.values[t * p.n + j]);
+  if (j < p.end) {
+    FM_UNROLL_BY_FOUR
+    for (index_t t = warp; t < p.rows; t += kMeanWarps) sum += double(p.values[t * p.n + j]);
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || j >= p.end) return;
+  for (int i = 1; i < kMeanWarps; ++i) sum += sums[i * int(kWarp) + lane];
   p.out[j] = S(sum / double(p.rows));
 }
 
@@ -192,7 +203,8 @@ template <class S>
 void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                const Exec& exec) {
   if (begin >= end) return;
-  launch(mean_rows_kernel<S>, flat_blocks(end - begin, "mean over tasks"), kThreads, 0, exec,
+  const unsigned blocks = flat_blocks((end - begin) * kMeanWarps, "mean over tasks");
+  launch(mean_rows_kernel<S>, blocks, kThreads, kThreads * sizeof(double), exec,
          MeanParams<S>{rows, n, begin, end, values, out});
 }
 

@@ -15,6 +15,7 @@ LayerArgs<S> Network<S>::args(size_t l, Params theta, const Batch<S>& batch,
   if (theta.factors && theta.factors[l].weights) a.w_factors = &theta.factors[l];
   a.y = tape.y(l);
   a.saved = tape.saved(l);
+  if (l > 0) a.saved_below = tape.saved(l - 1);
   a.swept_below = l > 0 && in_strips(l - 1);
   return a;
 }

@@ -96,7 +96,8 @@ struct VectorOps {
   void (*fill)(index_t tasks, index_t n, S value, Rows<S> out, const Exec&);
   void (*copy)(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&);
   void (*add)(index_t tasks, index_t n, Rows<const S> v, Rows<S> out, const Exec&);
-  // out[j] = mean over t of values[t, j], t in ascending order, for begin <= j < end
+  // out[j] = mean over t of values[t, j], for begin <= j < end; in an order that hangs on the
+  // number of rows alone
   void (*mean_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                     const Exec&);
   // As mean_rows, of rows that come a few at a time: sums[j], which starts at zero if `begins`,

@@ -5,29 +5,34 @@
 
 namespace fm {
 
-// Saved by a layer: batch and layer norm keep (mean, r, m1, m2, tmean, q) per statistic, max
+// Saved by a layer: a dense one with a ReLU keeps a word for 32 outputs, a convolution in strips
+// the moments of its patches, batch and layer norm (mean, r, m1, m2, tmean, q) per statistic, max
 // pooling the winning tap of every output (as an integer of the scalar's width), both fused three
-// more per channel and the winner's x and tx, a convolution in strips the moments of its patches.
+// more per channel and the winner's x and tx.
 index_t saved_count(const LayerDesc& d, index_t samples) {
+  if (d.strip_rows > 0) {
+    const index_t inputs = StripSizes(d).inputs;
+    return inputs * (inputs + 1);
+  }
+  if (d.kind == LayerKind::bilinear) {
+    return d.relu ? samples * d.out.pixels() * sign_words(d.out.channels) : 0;
+  }
   if (d.kind == LayerKind::batch_norm) return 6 * d.in.channels;
   if (d.kind == LayerKind::batch_norm_pool) {
     return align_up(9 * d.in.channels, 16) + 2 * samples * d.out.size();
   }
   if (d.kind == LayerKind::layer_norm) return 6 * samples;
   if (d.kind == LayerKind::max_pool) return samples * d.out.size();
-  if (d.strip_rows > 0) {
-    const index_t inputs = StripSizes(d).inputs;
-    return inputs * (inputs + 1);
-  }
   return 0;
 }
 
 // 64 tiles of 64 x 64 weights, so that four tasks have 256 for the 132 multiprocessors of a large
-// GPU; but no part of less than 512 pixels, and at most 2^18 elements in all.
+// GPU; but no part of less than 512 pixels, or 1024 samples of vectors, since each part is written
+// and read once more; and at most 2^18 elements in all.
 index_t gradient_parts(const LayerDesc& d, index_t samples) {
   const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
   const index_t tiles = ((inputs + 63) / 64) * ((d.out.channels + 63) / 64);
-  const index_t useful = samples * d.out.pixels() / 512;
+  const index_t pixels = d.out.pixels(), useful = samples * pixels / (pixels > 1 ? 512 : 1024);
   const index_t room = (index_t(1) << 18) / max_of<index_t>(1, d.param_count);
   return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
 }
@@ -63,6 +68,16 @@ index_t scratch_count(const LayerDesc& d, index_t samples) {
     return norm_scratch(d.in.channels, kLockstepParts);
   }
   return 0;
+}
+
+// A block takes four rounds to go over as much as a second launch costs.
+index_t loss_parts(index_t samples) {
+  return samples <= 4 * kLossBlock ? 1 : (samples + kLossBlock - 1) / kLossBlock;
+}
+
+index_t loss_scratch_count(index_t samples) {
+  const index_t parts = loss_parts(samples);
+  return parts > 1 ? 2 * 2 * parts : 0;
 }
 
 }  // namespace fm

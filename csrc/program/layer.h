@@ -99,7 +99,8 @@ struct LayerArgs {
   S* ty = nullptr;                                     // [T, N, out]
   S* tdx = nullptr;                                    // [T, N, in]
   S* tdw = nullptr;                                    // [T, P_l]
-  S* saved = nullptr;  // [T, saved_count] what a pass keeps for the later ones
+  S* saved = nullptr;              // [T, saved_count] what a pass keeps for the later ones
+  const S* saved_below = nullptr;  // what the layer below has saved, of a dense layer's relu_input
   // Dense bilinear layers, and all layers of a backend that `updates`: dw and tdw are dw_base +
   // scale * rate * the adjoint, with a scale and a rate for the weight and for the bias. The base
   // may be dw itself, and so may tw be tdw; a null base is zero. Rates are numbers in backend
@@ -122,6 +123,10 @@ constexpr index_t kStatisticParts = 16;
 // In lockstep in this many: a few tasks should fill a GPU.
 constexpr index_t kLockstepParts = 32;
 
+// Words of 32 outputs of a ReLU that is part of a dense layer: whether they are positive. A GPU
+// saves them; a CPU, whose outputs are in its caches, looks at those.
+FM_INLINE index_t sign_words(index_t channels) { return (channels + 31) / 32; }
+
 // Elements a layer saves per task, and elements of scratch a pass may use.
 index_t saved_count(const LayerDesc& desc, index_t samples);
 index_t scratch_count(const LayerDesc& desc, index_t samples);
@@ -143,6 +148,12 @@ struct StripSizes {
 // are added in order: as many as let few tasks fill a GPU, each in a place of param_count elements
 // in scratch. They don't depend on the number of tasks.
 index_t gradient_parts(const LayerDesc& desc, index_t samples);
+
+// A GPU sums the loss of many samples block by block, and then the sums of a task in order. Each is
+// a value and a number of hits, in double, and may take two elements of scratch for either.
+constexpr index_t kLossBlock = 256;
+index_t loss_parts(index_t samples);
+index_t loss_scratch_count(index_t samples);
 
 // The last six belong to policies, math/policy.h.
 enum class LossKind : int {

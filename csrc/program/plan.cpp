@@ -82,7 +82,7 @@ index_t scratch_before_update(const LayerDesc& layer, index_t samples) {
 }
 
 index_t plan_scratch(const Program& program, index_t samples) {
-  index_t largest = 0;
+  index_t largest = loss_scratch_count(samples);
   for (const LayerDesc& layer : program.layers()) {
     largest = max_of(largest, scratch_before_update(layer, samples) + layer.param_count);
   }

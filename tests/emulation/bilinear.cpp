@@ -24,7 +24,8 @@ struct Call {
   const void* dw_base;
   double weight_scale, bias_scale;
   const void *weight_rate, *bias_rate;
-  void* scratch;
+  void *scratch, *saved;
+  const void* saved_below;
 };
 
 LayerDesc desc_of(const Call& c) {
@@ -82,6 +83,8 @@ void run(const Call& c) {
   a.tdx = out(c.tdx);
   a.tdw = out(c.tdw);
   a.dw_base = in(c.dw_base);
+  a.saved = out(c.saved);
+  a.saved_below = in(c.saved_below);
   a.weight_scale = S(c.weight_scale);
   a.bias_scale = S(c.bias_scale);
   a.weight_rate = in(c.weight_rate);
@@ -110,5 +113,7 @@ extern "C" int run_pass(const Call* c, char* message, index_t size) {
 extern "C" index_t scratch_elements(const Call* c) {
   return scratch_count(desc_of(*c), c->samples);
 }
+
+extern "C" index_t saved_elements(const Call* c) { return saved_count(desc_of(*c), c->samples); }
 
 extern "C" index_t parts(const Call* c) { return gradient_parts(desc_of(*c), c->samples); }

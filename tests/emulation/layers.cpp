@@ -151,10 +151,12 @@ int layer_pass(const Layer* l, const Buffers* b, index_t pass) {
   });
 }
 
+index_t loss_scratch_elements(index_t samples) { return loss_scratch_count(samples); }
+
 // kind as LossKind; hessian: 0 or 1
 int loss(index_t kind, index_t hessian, index_t double_precision, index_t tasks, index_t samples,
          index_t outputs, double scale, const void* z, const void* target, const void* tz, void* dz,
-         void* tdz, double* value, double* accuracy, index_t value_stride) {
+         void* tdz, double* value, double* accuracy, index_t value_stride, void* scratch) {
   return with_scalar(double_precision, [&](auto scalar) {
     using S = decltype(scalar);
     LossArgs<S> a;
@@ -174,7 +176,9 @@ int loss(index_t kind, index_t hessian, index_t double_precision, index_t tasks,
         {emulated::squared_error_value<S>, emulated::squared_error_hessian<S>},
         {emulated::cross_entropy_value<S>, emulated::cross_entropy_hessian<S>},
         {emulated::gaussian_policy_value<S>, emulated::gaussian_policy_hessian<S>}};
-    (hessian ? all[kind].hessian : all[kind].value)(a, Exec());
+    Exec exec;
+    exec.scratch = scratch;
+    (hessian ? all[kind].hessian : all[kind].value)(a, exec);
   });
 }
 
