@@ -105,7 +105,8 @@ def _product(kind: str, f: Facts) -> list[Share]:
         shares.append(Share("inputs", read + x, (1 + second) * flops, unit))
     if dw:
         second = tangent and f["tx"]
-        read = (x + y) * (1 + second)
+        # a norm's adjoint mapped here: from y, the windows' winners and their adjoints
+        read = (x + y) * (1 + second) + 2 * tasks * samples * f["pooled"]
         unit = _unit(f["channels_out"], samples * f["out"] // f["channels_out"])
         out = own * (f["parts"] if f["parts"] > 1 else 1 + f["base"])
         shares.append(Share("weights", read + out, (1 + second) * flops, unit))
@@ -129,6 +130,8 @@ def _plain(what: str, kind: str, f: Facts) -> int:
     """Elements that a pass of any other layer moves."""
     x, y = (f["tasks"] * f["samples"] * f[side] for side in ("in", "out"))
     table = {"relu": _BY_MASK, "max_pool": _BY_INDEX, "average_pool": _BY_INDEX}
+    if what == "batch_norm_pool" and kind == "backward" and not f["dx"]:
+        return 2 * y + f["tasks"] * f["parameters"]  # sums over the winners alone
     of_x, of_y = table.get(what, _PASSES)[kind]
     if kind == "backward" and not f["dx"]:
         of_x -= 1

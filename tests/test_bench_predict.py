@@ -120,6 +120,7 @@ def facts(**changes):
     )
     sizes = {"tasks": 2, "samples": 3, "in": 5, "out": 7, "parameters": 48, "saved": 0}
     channels = {"channels_in": 5, "channels_out": 7, "multiply_adds": 35, "parts": 1}
+    channels |= {"pooled": 0}
     return {**zero, **sizes, **channels, **changes}
 
 
@@ -137,6 +138,29 @@ def test_a_linear_layer_by_hand():
     assert found[0].elements == 42 + 48 + 42 + 96 + 30
     assert found[1].elements == 2 * (30 + 42) + 4 * 96
     assert found[2].elements == 4 * 96 + 96
+
+
+def test_a_norm_whose_adjoint_is_mapped_below_by_hand():
+    """Two windows of four pixels: y 2 * 3 * 8, winners and adjoints 2 * 3 * 2."""
+    sizes = {"in": 5, "out": 8, "multiply_adds": 40}
+    (weights,) = launches.shares(
+        ("bilinear", "backward", facts(**sizes, dw=1, pooled=2))
+    )
+    assert weights.elements == 30 + 48 + 2 * 12 + 96
+    norm = facts(**sizes | {"in": 8, "out": 2, "parameters": 2}, dw=1)
+    (sums,) = launches.shares(("batch_norm_pool", "backward", norm))
+    assert sums.elements == 2 * 12 + 2 * 2
+
+
+@records
+def test_first_norms_are_mapped_in_the_convolution_below():
+    """In five steps and on the query samples; the norm is left with its sums."""
+    found = launches.record(WORKLOADS["mini-imagenet"])
+    (kernel,) = {x.kernel for x in found if "pooled" in x.kernel}
+    assert [x.kernel for x in found].count(kernel) == 6
+    places = [i for i, x in enumerate(found) if x.kernel == kernel]
+    assert all(found[i - 1].operation == "batch_norm_pool backward" for i in places)
+    assert all(found[i - 1].blocks < 16 for i in places)
 
 
 def test_launches_that_are_not_understood_are_refused():

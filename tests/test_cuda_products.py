@@ -271,7 +271,7 @@ def test_images_that_offsets_cannot_reach(library):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", ["", "_outputs", "_inputs", "_weights"])
+@pytest.mark.parametrize("name", ["", "_outputs", "_inputs", "_weights", "_pooled"])
 def test_nvcc_neither_warns_nor_spills(tmp_path, name):
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall"]
     for arch in (80, 90):

@@ -149,6 +149,7 @@ constexpr Backend<S> table() {
       false,
       false,
       true,
+      false,
       task_slots,
       for_each_task,
       for_each_range};

@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "cuda/kernels.h"
+#include "cuda/pack.cuh"
 
 namespace FM_CUDA {
 namespace {
@@ -107,7 +108,8 @@ bool aligned(const S* p, index_t stride) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && stride * index_t(sizeof(S)) % 16 == 0;
 }
 
-constexpr unsigned kReduceBlock = 128;
+// A block's warps are chunks of the parts, their lanes elements.
+constexpr unsigned kReduceElements = 32, kReduceChunks = 4;
 
 template <class S>
 struct Reduce {
@@ -121,21 +123,34 @@ struct Reduce {
   const S *weight_rate, *bias_rate;
 };
 
-// result = base + scale * rate * the sum of a task's parts, in ascending order
+// result = base + scale * rate * the sum of a task's parts: of each chunk of them in ascending
+// order, then of the chunks. Few elements of many parts would be too few threads to read them.
 template <class S>
 FM_KERNEL void bilinear_reduce_kernel(const Reduce<S> p) {
-  index_t e = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= p.weights + p.outputs) return;
-  const bool is_bias = e >= p.weights;
+  S* chunks = shared_memory<S>();  // [kReduceChunks, kReduceElements]
+  const int lane = int(threadIdx.x % kReduceElements), chunk = int(threadIdx.x / kReduceElements);
+  const int each = (p.count + int(kReduceChunks) - 1) / int(kReduceChunks);
+  const int first = min_of(p.count, chunk * each), end = min_of(p.count, first + each);
+  index_t e = index_t(blockIdx.x) * kReduceElements + lane;
+  const bool inside = e < p.weights + p.outputs, is_bias = e >= p.weights;
   if (is_bias) e += p.bias_offset - p.weights;
   const S* rate = is_bias ? p.bias_rate : p.weight_rate;
   const S scale = (is_bias ? p.bias_scale : p.weight_scale) * (rate ? *rate : S(1));
   for (index_t task = blockIdx.y; task < p.tasks; task += gridDim.y) {
     const S* part = p.parts + task * p.parts_stride + e;
     S sum = 0;
-    for (int i = 0; i < p.count; ++i) sum += part[i * p.part_stride];
-    p.result[task * p.result_stride + e] =
-        (p.base ? p.base[task * p.base_stride + e] : S(0)) + scale * sum;
+    if (inside) {
+      FM_UNROLL_BY_EIGHT
+      for (int i = first; i < end; ++i) sum += part[i * p.part_stride];
+    }
+    chunks[threadIdx.x] = sum;
+    __syncthreads();
+    if (inside && chunk == 0) {
+      for (int i = 1; i < int(kReduceChunks); ++i) sum += chunks[i * int(kReduceElements) + lane];
+      p.result[task * p.result_stride + e] =
+          (p.base ? p.base[task * p.base_stride + e] : S(0)) + scale * sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -167,7 +182,8 @@ class Passes {
       }
       case Pass::backward: {
         inputs({a_.dy, a_.w, out_, a_.w_stride}, {}, a_.dx);
-        return weights({a_.x, a_.dy, in_, out_}, {}, a_.dw);
+        // a norm above that leaves its map to this layer has written no dy
+        return weights({a_.x, a_.above ? a_.y : a_.dy, in_, out_}, {}, a_.dw);
       }
       case Pass::tangent_backward: {
         inputs({a_.tdy, a_.w, out_, a_.w_stride}, {a_.dy, a_.tw, out_, a_.tw_stride}, a_.tdx);
@@ -189,8 +205,8 @@ class Passes {
     return p;
   }
 
-  using Launcher = void (*)(Product<S>, index_t, Choice, const Exec&);
-  void launch_with(Launcher launcher, Product<S>& p, S* result, index_t stride) const {
+  template <class Launcher>
+  void launch_with(const Launcher& launcher, Product<S>& p, S* result, index_t stride) const {
     constexpr index_t kUnit = 16 / sizeof(S);
     p.result = result;
     p.result_stride = stride;
@@ -225,10 +241,18 @@ class Passes {
     if (!dw) return;
     Product<S> p = product(Form::weights, first, second);
     p.bias_offset = d_.has_bias ? d_.bias_offset : 0;
+    const auto launcher = [&](const Product<S>& product, index_t tasks, Choice choice,
+                              const Exec& exec) {
+      if (a_.above) {
+        launch_pooled_weights(product, *a_.above, tasks, choice.arithmetic, exec);
+      } else {
+        launch_weights(product, tasks, choice, exec);
+      }
+    };
     if (p.shape.groups > 1) {
       S* parts = static_cast<S*>(exec_.scratch);
       p.part_stride = d_.param_count;
-      launch_with(launch_weights<S>, p, parts, scratch_count(d_, a_.samples));
+      launch_with(launcher, p, parts, scratch_count(d_, a_.samples));
       return reduce(p, dw);
     }
     p.base = a_.dw_base;
@@ -237,7 +261,7 @@ class Passes {
     p.bias_scale = a_.bias_scale;
     p.weight_rate = a_.weight_rate;
     p.bias_rate = a_.bias_rate;
-    launch_with(launch_weights<S>, p, dw, a_.dw_stride);
+    launch_with(launcher, p, dw, a_.dw_stride);
   }
 
   void reduce(const Product<S>& p, S* dw) const {
@@ -257,9 +281,10 @@ class Passes {
                       a_.bias_scale,
                       a_.weight_rate,
                       a_.bias_rate};
-    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceBlock),
+    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceElements),
                     unsigned(min_of<index_t>(a_.tasks, 65535)));
-    launch(bilinear_reduce_kernel<S>, grid, kReduceBlock, 0, exec_, r);
+    constexpr unsigned kBlock = kReduceElements * kReduceChunks;
+    launch(bilinear_reduce_kernel<S>, grid, kBlock, kBlock * sizeof(S), exec_, r);
   }
 
   const LayerArgs<S>& a_;

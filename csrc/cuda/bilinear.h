@@ -107,6 +107,12 @@ void launch_inputs(Product<S> p, index_t tasks, Choice choice, const Exec& exec)
 template <class S>
 void launch_weights(Product<S> p, index_t tasks, Choice choice, const Exec& exec);
 
+// `weights` of a layer whose LayerDesc::folds_norm, with the adjoint of its outputs mapped from the
+// backward pass of the norm above; the pair is (x, y). bilinear_pooled.cu.
+template <class S>
+void launch_pooled_weights(Product<S> p, const LayerArgs<S>& norm, index_t tasks,
+                           Arithmetic arithmetic, const Exec& exec);
+
 // The choice of the passes in kernels.h; `scalar_size` in bytes.
 using Chooser = Choice (*)(const ProductShape&, index_t tasks, Precision, std::size_t scalar_size);
 Choice choose(const ProductShape& shape, index_t tasks, Precision precision,

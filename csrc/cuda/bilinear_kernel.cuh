@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/bilinear_gather.cuh"
+#include "cuda/bilinear_store.cuh"
 #include "cuda/bilinear_tensor.cuh"
 #include "cuda/bilinear_tile.cuh"
 
@@ -157,54 +158,9 @@ struct Feed {
   }
 };
 
-template <class S>
-FM_DEVICE S scaled(S scale, const S* rate) {
-  return rate ? scale * *rate : scale;
-}
-
-// Stores a run of finished sums at `index` of the result; `width` of them exist.
-template <int N, class S, class Finish>
-FM_DEVICE void store_run(S* result, index_t index, const Run<N, S>& run, int width, bool wide,
-                         const Finish& finish) {
-  if (wide) {
-    if (width > 0) *reinterpret_cast<Run<N, S>*>(result + index) = finish(run, index, N);
-  } else {
-    const Run<N, S> done = finish(run, index, width);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < width) result[index + i] = done.v[i];
-    }
-  }
-}
-
-// The adjoint of the bias: columns of b, summed by two threads each, whatever the tile.
-template <class S, int Columns>
-struct ColumnSum {
-  static constexpr int kParts = 2;
-  S total = 0;
-
-  template <int Depth, int Stride>
-  FM_DEVICE void add(const S* b) {
-    if (int(threadIdx.x) >= kParts * Columns) return;
-    S sum = 0;
-#pragma unroll
-    for (int k = 0; k < Depth; k += kParts) {
-      sum += b[(k + int(threadIdx.x) / Columns) * Stride + int(threadIdx.x) % Columns];
-    }
-    total += sum;
-  }
-  // For threads below Columns, which call it with all others of the block.
-  FM_DEVICE S finish(S* shared) const {
-    __syncthreads();
-    if (int(threadIdx.x) < kParts * Columns) shared[threadIdx.x] = total;
-    __syncthreads();
-    if (int(threadIdx.x) >= Columns) return 0;
-    return shared[threadIdx.x] + shared[threadIdx.x + Columns];
-  }
-};
-
 template <class S, class Loop, Form form>
-FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(const Product<S> p) {
+FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
+    bilinear_kernel(const Product<S> p) {
   using F = Feed<S, Loop, form>;
   using L = typename F::L;
   constexpr int kStages = Loop::kStages, kK = Loop::kTileK;
@@ -250,40 +206,10 @@ FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(con
     }
   }
 
-  S* result = p.result + at.task * p.result_stride;
   if constexpr (form == Form::weights) {
-    result += at.group * p.part_stride;
-    const S* base = p.base ? p.base + at.task * p.base_stride : nullptr;
-    const S scale = scaled(p.weight_scale, p.weight_rate);
-    loop.template for_each<L>([&](int row, int column, const auto& run) {
-      if (feed.m0 + row >= s.rows) return;
-      store_run(result, index_t(feed.m0 + row) * s.columns + feed.n0 + column, run,
-                s.columns - feed.n0 - column, p.wide_out, [&](auto v, index_t index, int width) {
-                  using R = decltype(v);
-                  constexpr int N = int(sizeof(v.v) / sizeof(S));
-                  R from{};
-                  if (base && p.wide_out) {
-                    from = *reinterpret_cast<const R*>(base + index);
-                  } else if (base) {
-#pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                      if (i < width) from.v[i] = base[index + i];
-                    }
-                  }
-#pragma unroll
-                  for (int i = 0; i < N; ++i) v.v[i] = from.v[i] + scale * v.v[i];
-                  return v;
-                });
-    });
-    if (sums_bias) {
-      const S total = bias.finish(shared);
-      const int column = feed.n0 + int(threadIdx.x);
-      if (int(threadIdx.x) < Loop::kTileN && column < s.columns) {
-        const index_t index = p.bias_offset + column;
-        result[index] = (base ? base[index] : S(0)) + scaled(p.bias_scale, p.bias_rate) * total;
-      }
-    }
+    store_weights<L>(p, feed, at.group, at.task, loop, sums_bias, bias, shared);
   } else {
+    S* result = p.result + at.task * p.result_stride;
     const S* add = p.bias ? p.bias + at.task * p.bias_stride : nullptr;
     const S* mask = p.mask ? p.mask + at.task * p.result_stride : nullptr;
     loop.template for_each<L>([&](int row, int column, const auto& run) {
@@ -316,7 +242,7 @@ void launch_product(Product<S>& p, index_t tasks, const Exec& exec) {
   constexpr std::size_t kShared = Loop::kStages * F::L::kStage * sizeof(S) +
                                   F::kTable * sizeof(PixelRow) +
                                   (form == Form::weights ? 0 : F::kM * sizeof(int));
-  launch(bilinear_kernel<S, Loop, form>, dim3(unsigned(blocks)), kThreads, kShared, exec, p);
+  launch(bilinear_kernel<S, Loop, form>, dim3(unsigned(blocks)), kProductThreads, kShared, exec, p);
 }
 
 template <Form form, Arithmetic arithmetic>
