@@ -30,6 +30,8 @@ FLOAT = 4  # bytes
 SCALAR, SPLIT_TF32 = "fp32", "3xtf32"  # units that multiply
 LEAST = 4  # of columns and depth: narrower products are not for tensor cores
 RESIDENT = "resident_task_kernel"  # does whole tasks, and another means over them
+ADJOINTS = "bilinear_adjoints_kernel"  # dw and dx of a layer, by one launch
+TOGETHER = ("weights", "inputs")
 MEAN = "resident_mean_kernel"
 
 Facts = dict[str, int]
@@ -43,7 +45,8 @@ class Launch:
 
     Attributes:
         kernel: name, without template arguments.
-        form: of a product: ``outputs``, ``inputs``, ``weights``; else empty.
+        form: of a product: ``outputs``, ``inputs``, ``weights``, or the last two
+            together, ``adjoints``; else empty.
         operation: what asked for it: "bilinear backward".
         blocks: of the grid.
         block: threads.
@@ -158,6 +161,14 @@ def _name(kernel: str) -> str:
 
 def _spread(found: Sequence[Share], kernels: Sequence[Recorded]) -> list[Share]:
     """A share for every launch; what has fewer shares is done by the largest launch."""
+    if kernels and _name(kernels[0][1]) == ADJOINTS:
+        weights, inputs = (next(s for s in found if s.form == f) for f in TOGETHER)
+        elements, flops = (
+            weights.elements + inputs.elements,
+            weights.flops + inputs.flops,
+        )
+        both = Share("adjoints", elements, flops, weights.unit)
+        found = [both, *(s for s in found if not s.form)]
     if len(found) == len(kernels):
         return list(found)
     if len(found) == len(kernels) + 1 and not found[-1].form:

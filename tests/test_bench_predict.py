@@ -163,6 +163,27 @@ def test_first_norms_are_mapped_in_the_convolution_below():
     assert all(found[i - 1].blocks < 16 for i in places)
 
 
+def test_adjoints_of_one_launch_are_what_two_would_do():
+    operation = ("bilinear", "backward", facts(own_w=1, dx=1, dw=1))
+    kernel = (0, "bilinear_adjoints_kernel<S, Loop>(P)", (9, 1, 1), 128, 0)
+    whole = cost.cost(WORKLOADS["sinusoid-1"])
+    (one,) = launches.counted([operation], [kernel], whole)
+    inputs, weights = launches.shares(operation)
+    assert (one.form, one.blocks) == ("adjoints", 9)
+    assert one.flops == inputs.flops + weights.flops
+    assert one.bytes == 4 * (inputs.elements + weights.elements)
+
+
+@records
+def test_adjoints_share_a_launch_unless_one_overwrites_what_the_other_reads():
+    """In backward passes; a product's direction is where its result goes."""
+    found = launches.record(WORKLOADS["omniglot-conv-1"])
+    together = [x.operation for x in found if x.form == "adjoints"]
+    assert together == 8 * ["bilinear backward"]
+    apart = [x.form for x in found if x.operation == "bilinear tangent_backward"]
+    assert apart == 4 * ["inputs", "weights"] + ["weights"]
+
+
 def test_launches_that_are_not_understood_are_refused():
     operation = ("bilinear", "backward", facts(dx=1, dw=1))
     kernel = (0, "bilinear_kernel<S>(P)", (1, 1, 1), 128, 0)

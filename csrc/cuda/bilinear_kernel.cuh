@@ -21,8 +21,7 @@ namespace FM_CUDA {
 template <class S, Form form>
 struct BlockTask {
   int tile_m, tile_n, group, task;
-  FM_DEVICE explicit BlockTask(const Product<S>& p) {
-    int block = int(blockIdx.x);
+  FM_DEVICE BlockTask(const Product<S>& p, int block) {
     tile_n = block % p.tiles_n;
     block /= p.tiles_n;
     tile_m = block % p.tiles_m;
@@ -158,15 +157,15 @@ struct Feed {
   }
 };
 
+// Block number `block` of a product.
 template <class S, class Loop, Form form>
-FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
-    bilinear_kernel(const Product<S> p) {
+FM_DEVICE void bilinear_block(const Product<S>& p, int block) {
   using F = Feed<S, Loop, form>;
   using L = typename F::L;
   constexpr int kStages = Loop::kStages, kK = Loop::kTileK;
   const ProductShape& s = p.shape;
   S* shared = shared_memory<S>();
-  const BlockTask<S, form> at(p);
+  const BlockTask<S, form> at(p, block);
   const PixelClass<form> pixels(s, form == Form::inputs ? at.group : 0);
   F feed(p, pixels, at, shared);
   if (form == Form::inputs && feed.m0 >= s.samples * pixels.pixels()) return;
@@ -232,67 +231,91 @@ FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
 }
 
 template <class S, class Loop, Form form>
-void launch_product(Product<S>& p, index_t tasks, const Exec& exec) {
-  using F = Feed<S, Loop, form>;
+FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
+    bilinear_kernel(const Product<S> p) {
+  bilinear_block<S, Loop, form>(p, int(blockIdx.x));
+}
+
+// Bytes of a block's shared memory.
+template <class S, class Loop, Form form>
+constexpr std::size_t kProductShared = Loop::kStages * Feed<S, Loop, form>::L::kStage * sizeof(S) +
+                                       Feed<S, Loop, form>::kTable * sizeof(PixelRow) +
+                                       (form == Form::weights ? 0 : Loop::kTileM * sizeof(int));
+
+// Cuts the result into tiles, and returns the blocks of all tasks.
+template <class Loop, class S>
+index_t cut_into_tiles(Product<S>& p, index_t tasks) {
   p.tiles_m = int(blocks_for(p.shape.rows, Loop::kTileM));
   p.tiles_n = int(blocks_for(p.shape.columns, Loop::kTileN));
   const index_t blocks = tasks * p.shape.groups * p.tiles_m * p.tiles_n;
-  require(blocks < index_t(1) << 31, "bilinear: ", tasks, " tasks of ", p.shape.samples,
-          " samples need ", blocks, " blocks, of at most 2^31 - 1; use fewer tasks at a time");
-  constexpr std::size_t kShared = Loop::kStages * F::L::kStage * sizeof(S) +
-                                  F::kTable * sizeof(PixelRow) +
-                                  (form == Form::weights ? 0 : F::kM * sizeof(int));
-  launch(bilinear_kernel<S, Loop, form>, dim3(unsigned(blocks)), kProductThreads, kShared, exec, p);
+  require(blocks < index_t(1) << 30, "bilinear: ", tasks, " tasks of ", p.shape.samples,
+          " samples need ", blocks, " blocks, of fewer than 2^30; use fewer tasks at a time");
+  return blocks;
 }
 
-template <Form form, Arithmetic arithmetic>
-void launch_tensor(Product<float>& p, index_t tasks, TileShape tile, const Exec& exec) {
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+
+// use(TypeOf<Loop>()) with the main loop of a choice.
+template <Arithmetic arithmetic, class Use>
+void with_tensor_loop(TileShape tile, const Use& use) {
   switch (tile) {
     case TileShape::t128x32:
-      return launch_product<float, TensorLoop<128, 32, 32, 32, 3, arithmetic>, form>(p, tasks,
-                                                                                     exec);
+      return use(TypeOf<TensorLoop<128, 32, 32, 32, 3, arithmetic>>());
     case TileShape::t64x64:
-      return launch_product<float, TensorLoop<64, 64, 32, 32, 3, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<64, 64, 32, 32, 3, arithmetic>>());
     case TileShape::t32x32:
-      return launch_product<float, TensorLoop<32, 32, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<32, 32, 16, 16, 4, arithmetic>>());
     case TileShape::t16x64:
-      return launch_product<float, TensorLoop<16, 64, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<16, 64, 16, 16, 4, arithmetic>>());
     default:
-      return launch_product<float, TensorLoop<128, 8, 32, 8, 3, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<128, 8, 32, 8, 3, arithmetic>>());
   }
 }
 
-template <Form form, class S>
-void launch_scalar(Product<S>& p, index_t tasks, TileShape tile, const Exec& exec) {
+template <class S, class Use>
+void with_scalar_loop(TileShape tile, const Use& use) {
   switch (tile) {
     case TileShape::t128x32:
-      return launch_product<S, ScalarLoop<S, 128, 32, 8, 4, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 128, 32, 8, 4, 3>>());
     case TileShape::t64x64:
-      return launch_product<S, ScalarLoop<S, 64, 64, 8, 4, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 64, 64, 8, 4, 3>>());
     case TileShape::t32x32:
-      return launch_product<S, ScalarLoop<S, 32, 32, 2, 4, 4>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 32, 32, 2, 4, 4>>());
     case TileShape::t16x64:
-      return launch_product<S, ScalarLoop<S, 16, 64, 2, 4, 4>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 16, 64, 2, 4, 4>>());
     default:
-      return launch_product<S, ScalarLoop<S, 128, 8, 8, 1, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 128, 8, 8, 1, 3>>());
   }
 }
 
-template <Form form, class S>
-void launch_form(Product<S>& p, index_t tasks, Choice choice, const Exec& exec) {
+template <class S, class Use>
+void with_loop(Choice choice, const Use& use) {
   if constexpr (sizeof(S) == 4) {
     switch (choice.arithmetic) {
       case Arithmetic::split_tf32:
-        return launch_tensor<form, Arithmetic::split_tf32>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::split_tf32>(choice.tile, use);
       case Arithmetic::tf32:
-        return launch_tensor<form, Arithmetic::tf32>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::tf32>(choice.tile, use);
       case Arithmetic::bfloat16:
-        return launch_tensor<form, Arithmetic::bfloat16>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::bfloat16>(choice.tile, use);
       default:
         break;
     }
   }
-  launch_scalar<form>(p, tasks, choice.tile, exec);
+  with_scalar_loop<S>(choice.tile, use);
+}
+
+template <Form form, class S>
+void launch_form(Product<S>& p, index_t tasks, Choice choice, const Exec& exec) {
+  with_loop<S>(choice, [&](auto loop) {
+    using Loop = typename decltype(loop)::type;
+    const dim3 grid(unsigned(cut_into_tiles<Loop>(p, tasks)));
+    launch(bilinear_kernel<S, Loop, form>, grid, kProductThreads, (kProductShared<S, Loop, form>),
+           exec, p);
+  });
 }
 
 }  // namespace FM_CUDA

@@ -163,7 +163,7 @@ FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
   constexpr int kStages = Loop::kStages;
   const Product<S>& p = q.product;
   S* shared = shared_memory<S>();
-  const BlockTask<S, Form::weights> at(p);
+  const BlockTask<S, Form::weights> at(p, int(blockIdx.x));
   const PixelClass<Form::weights> pixels(p.shape, 0);
   F feed(q, pixels, at, shared);
 
@@ -201,13 +201,11 @@ template <class S, class Loop>
 void launch_pooled(PooledProduct<S>& q, index_t tasks, const Exec& exec) {
   using F = PooledFeed<S, Loop>;
   Product<S>& p = q.product;
-  p.tiles_m = int(blocks_for(p.shape.rows, Loop::kTileM));
-  p.tiles_n = int(blocks_for(p.shape.columns, Loop::kTileN));
+  const index_t blocks = cut_into_tiles<Loop>(p, tasks);
   require(p.tiles_m == 1, "bilinear: ", p.shape.rows, " inputs of an output, at most ",
           Loop::kTileM, " expected below a norm whose adjoint is mapped here");
   constexpr std::size_t kShared = Loop::kStages * (F::L::kStage + F::kBoth) * sizeof(S) +
                                   F::kTable * (sizeof(PixelRow) + sizeof(int));
-  const index_t blocks = tasks * p.shape.groups * p.tiles_n;
   launch(bilinear_pooled_kernel<S, Loop>, dim3(unsigned(blocks)), kProductThreads, kShared, exec,
          q);
 }
