@@ -212,6 +212,18 @@ def test_one_launch_of_both_adjoints_gives_the_bits_of_two(library, layer, dtype
         assert_close({n: alone[n] for n in names}, same, "exact", str(layer))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@few_layers
+def test_a_product_may_go_where_its_direction_is(library, layer, dtype):
+    values = emulated.values_of(layer)
+    options = Options(dtype=dtype, base="direction", passes=("tangent_backward",))
+    got = emulated.run(library, layer, values, options)
+    want = emulated.run(library, layer, values, replace(options, base="none"))
+    names = {"tdx", "tdw"}
+    same = {n: want[n] for n in names}
+    assert_close({n: got[n] for n in names}, same, "exact", str(layer))
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("layer", [LAYERS[8], LAYERS[14], LAYERS[17]], ids=str)
