@@ -30,6 +30,8 @@ FLOAT = 4  # bytes
 SCALAR, SPLIT_TF32 = "fp32", "3xtf32"  # units that multiply
 LEAST = 4  # of columns and depth: narrower products are not for tensor cores
 RESIDENT = "resident_task_kernel"  # does whole tasks, and another means over them
+ADJOINTS = "bilinear_adjoints_kernel"  # dw and dx of a layer, by one launch
+TOGETHER = ("weights", "inputs")
 MEAN = "resident_mean_kernel"
 
 Facts = dict[str, int]
@@ -43,7 +45,8 @@ class Launch:
 
     Attributes:
         kernel: name, without template arguments.
-        form: of a product: ``outputs``, ``inputs``, ``weights``; else empty.
+        form: of a product: ``outputs``, ``inputs``, ``weights``, or the last two
+            together, ``adjoints``; else empty.
         operation: what asked for it: "bilinear backward".
         blocks: of the grid.
         block: threads.
@@ -106,7 +109,8 @@ def _product(kind: str, f: Facts) -> list[Share]:
         shares.append(Share("inputs", read + x, (1 + second) * flops, unit))
     if dw:
         second = tangent and f["tx"]
-        read = (x + y) * (1 + second)
+        # a norm's adjoint mapped here: from y, the windows' winners and their adjoints
+        read = (x + y) * (1 + second) + 2 * tasks * samples * f["pooled"]
         unit = _unit(f["channels_out"], samples * f["out"] // f["channels_out"])
         out = own * (f["parts"] if f["parts"] > 1 else 1 + f["base"])
         shares.append(Share("weights", read + out, (1 + second) * flops, unit))
@@ -131,6 +135,8 @@ def _plain(what: str, kind: str, f: Facts) -> int:
     """Elements that a pass of any other layer moves."""
     x, y = (f["tasks"] * f["samples"] * f[side] for side in ("in", "out"))
     table = {"relu": _BY_MASK, **dict.fromkeys(_COPIES, _BY_INDEX)}
+    if what == "batch_norm_pool" and kind == "backward" and not f["dx"]:
+        return 2 * y + f["tasks"] * f["parameters"]  # sums over the winners alone
     of_x, of_y = table.get(what, _PASSES)[kind]
     if kind == "backward" and not f["dx"]:
         of_x -= 1
@@ -157,6 +163,14 @@ def _name(kernel: str) -> str:
 
 def _spread(found: Sequence[Share], kernels: Sequence[Recorded]) -> list[Share]:
     """A share for every launch; what has fewer shares is done by the largest launch."""
+    if kernels and _name(kernels[0][1]) == ADJOINTS:
+        weights, inputs = (next(s for s in found if s.form == f) for f in TOGETHER)
+        elements, flops = (
+            weights.elements + inputs.elements,
+            weights.flops + inputs.flops,
+        )
+        both = Share("adjoints", elements, flops, weights.unit)
+        found = [both, *(s for s in found if not s.form)]
     if len(found) == len(kernels):
         return list(found)
     if len(found) == len(kernels) + 1 and not found[-1].form:

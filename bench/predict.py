@@ -39,6 +39,7 @@ SHARED = 228 << 10  # bytes of a multiprocessor, compute capability 9.0
 RESERVED = 1 << 10  # that each block loses to the system
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor
 MOST = 255  # registers of a thread whose kernel is not among the compiled
+PRODUCT = "bilinear_kernel"  # one family in a file per form
 FORMS = {f: f"bilinear_{f}.cu" for f in ("outputs", "inputs", "weights")}
 
 SMALL = ("sinusoid-1", "sinusoid-5")  # tasks fit a block's shared memory
@@ -124,7 +125,7 @@ def registers_of(launch: Launch, kernels: Iterable[Mapping[str, Any]]) -> int:
 
     A recording knows kernels by name only, so the greediest instance stands for all.
     """
-    file = FORMS.get(launch.form)
+    file = FORMS.get(launch.form) if launch.kernel == PRODUCT else None
     family, _, name = launch.kernel.partition(" ")  # "batch_norm backward", a pass
     family += "_kernel" if name else ""
     found = [

@@ -236,7 +236,8 @@ class Options:
         arithmetic, tile: by name and index; None as the engine chooses.
         precision: of the engine.
         without: inputs that are null, and outputs.
-        base: "none", "other" (an array of its own) or "same" (that of the result).
+        base: "none", "other" (an array of its own), "same" (that of the result) or
+            "direction" (none, and tdw goes where tw is).
         scales: of the weight and the bias.
         rates: likewise in backend memory, or None.
         offset: elements by which arrays are off a boundary of 64 bytes.
@@ -315,6 +316,8 @@ def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
     out = {n: memory.empty(inputs[m].numel()) for n, m in _like()}
     for name in ("dw", "tdw"):
         out[name] = memory.put(base if o.base == "same" else base * float("nan"))
+    if o.base == "direction":
+        out["tdw"] = inputs["tw"]
     call = _call(layer, o)
     library.scratch_elements.restype = ctypes.c_int64
     scratch = memory.empty(layer.tasks * library.scratch_elements(ctypes.byref(call)))
@@ -343,7 +346,7 @@ def run(library: ctypes.CDLL, layer: Layer, v: Named, o: Options) -> Named:
             setattr(call, result, out[result].data_ptr() if used else None)
         target = results[-1]
         call.dw_base = None
-        if target in ("dw", "tdw") and o.base != "none":
+        if target in ("dw", "tdw") and o.base not in ("none", "direction"):
             call.dw_base = (out[target] if apart is None else apart).data_ptr()
         if library.run_pass(ctypes.byref(call), message, len(message)):
             raise RuntimeError(message.value.decode())

@@ -135,6 +135,16 @@ _STRIPS: list[tuple[str, int, tuple, tuple[int, int], tuple, dict]] = [
     ("many-inputs", 4, (2,), (5, 4), (8, 3, 1, 1), {}),
     ("stride-2", 4, (2,), (9, 8), (3, 3, 2, 1), {}),
 ]
+# Windows of 2 x 2 that leave no border, below which a convolution folds the norm's
+# adjoint: two tiles of channels, sums in parts, strides, a product per pixel, too many
+# inputs.
+_FOLDS: list[tuple[str, int, tuple, tuple[int, int], tuple, dict]] = [
+    ("even-1to40", 40, (2,), (4, 6), (1, 3, 1, 1), {}),
+    ("even-many", 5, (2,), (24, 22), (3, 3, 1, 1), {}),
+    ("even-stride-2", 8, (2,), (8, 12), (3, 3, 2, 1), {"bias": False}),
+    ("even-1x1", 12, (2,), (6, 4), (5, 1), {"order": "-no-relu", "scale": False}),
+    ("even-many-inputs", 4, (2,), (4, 4), (4, 3, 1, 1), {"order": "-relu-last"}),
+]
 _AFFINE = {
     "-no-scale": (False, True),
     "-no-shift": (True, False),
@@ -174,7 +184,7 @@ FUSED = [
             2,
             samples=3,
         )
-        for name, outputs, window, size, conv, more in _STRIPS
+        for name, outputs, window, size, conv, more in [*_STRIPS, *_FOLDS]
     ),
     Problem(
         "batch-norm-pool-first",

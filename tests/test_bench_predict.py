@@ -120,6 +120,7 @@ def facts(**changes):
     )
     sizes = {"tasks": 2, "samples": 3, "in": 5, "out": 7, "parameters": 48, "saved": 0}
     channels = {"channels_in": 5, "channels_out": 7, "multiply_adds": 35, "parts": 1}
+    channels |= {"pooled": 0}
     return {**zero, **sizes, **channels, **changes}
 
 
@@ -148,6 +149,50 @@ def test_signs_of_a_relu_by_hand():
     assert tangent.elements == 30 + 96 + 42 + 6
     (inputs,) = launches.shares(("bilinear", "backward", facts(relu_input=1, dx=1)))
     assert inputs.elements == 42 + 48 + 30 + 6
+
+
+def test_a_norm_whose_adjoint_is_mapped_below_by_hand():
+    """Two windows of four pixels: y 2 * 3 * 8, winners and adjoints 2 * 3 * 2."""
+    sizes = {"in": 5, "out": 8, "multiply_adds": 40}
+    (weights,) = launches.shares(
+        ("bilinear", "backward", facts(**sizes, dw=1, pooled=2))
+    )
+    assert weights.elements == 30 + 48 + 2 * 12 + 96
+    norm = facts(**sizes | {"in": 8, "out": 2, "parameters": 2}, dw=1)
+    (sums,) = launches.shares(("batch_norm_pool", "backward", norm))
+    assert sums.elements == 2 * 12 + 2 * 2
+
+
+@records
+def test_first_norms_are_mapped_in_the_convolution_below():
+    """In five steps and on the query samples; the norm is left with its sums."""
+    found = launches.record(WORKLOADS["mini-imagenet"])
+    (kernel,) = {x.kernel for x in found if "pooled" in x.kernel}
+    assert [x.kernel for x in found].count(kernel) == 6
+    places = [i for i, x in enumerate(found) if x.kernel == kernel]
+    assert all(found[i - 1].operation == "batch_norm_pool backward" for i in places)
+    assert all(found[i - 1].blocks < 16 for i in places)
+
+
+def test_adjoints_of_one_launch_are_what_two_would_do():
+    operation = ("bilinear", "backward", facts(own_w=1, dx=1, dw=1))
+    kernel = (0, "bilinear_adjoints_kernel<S, Loop>(P)", (9, 1, 1), 128, 0)
+    whole = cost.cost(WORKLOADS["sinusoid-1"])
+    (one,) = launches.counted([operation], [kernel], whole)
+    inputs, weights = launches.shares(operation)
+    assert (one.form, one.blocks) == ("adjoints", 9)
+    assert one.flops == inputs.flops + weights.flops
+    assert one.bytes == 4 * (inputs.elements + weights.elements)
+
+
+@records
+def test_adjoints_share_a_launch():
+    """But for the first layer's, which hands down none."""
+    found = launches.record(WORKLOADS["omniglot-conv-1"])
+    forms = [x.form for x in found if x.operation == "bilinear backward"]
+    assert forms == 2 * (4 * ["adjoints"] + ["weights"])
+    forms = [x.form for x in found if x.operation == "bilinear tangent_backward"]
+    assert forms == 4 * ["adjoints"] + ["weights"]
 
 
 def test_launches_that_are_not_understood_are_refused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fused_problems
+import oracles
 import pytest
 import torch
 from chunked_problems import CHUNKED
@@ -43,6 +44,7 @@ both_dtypes = pytest.mark.parametrize(
 every_problem = pytest.mark.parametrize("problem", QUICK, ids=str)
 SOME = [
     *("linear-9to15", "batch-norm-space-33", "batch-norm-pool-2x2-of-17"),
+    *("conv-norm-pool-even-many", "conv-norm-pool-even-1to40"),
     *("layer-norm-space", "max-pool-3-s2-p1-overlap", "activation-gelu"),
     *("append-parameter", "cross-entropy-5-n5-sum_over_ways", "policy"),
 ]
@@ -124,6 +126,22 @@ def test_chunked_networks(problem):
     want = passes_wanted(problem)["gradient"]
     got = engine.value_and_grad(c.own, x, y)[1]
     assert_close(got, want, "float64 pass", problem.name)
+
+
+@both_dtypes
+def test_the_first_of_equal_pixels_wins(dtype):
+    """Of whole numbers, exact on both sides; many windows hold a value twice."""
+    c = case("conv-norm-pool-even-stride-2")
+    with torch.no_grad():
+        own = dict(c.own)
+        own["0.weight"] = (3 * own["0.weight"]).round().clamp(-1, 1)
+        x = c.tasks.support_x.round().clamp(-1, 1)
+    y = c.tasks.support_y
+    want = oracles.value_and_grad(c.model, c.loss, own, x, y)[1]
+    got = native(c, backend=BACKEND).value_and_grad(
+        cast(own, dtype), x.to(dtype), y.to(dtype)
+    )[1]
+    assert_close(got, want, row(dtype, "pass"), "equal pixels")
 
 
 @both_dtypes

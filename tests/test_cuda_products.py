@@ -198,6 +198,32 @@ def test_null_operands_are_zero_and_null_outputs_not_computed(library, layer, wi
             assert got[name].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@some_layers
+def test_one_launch_of_both_adjoints_gives_the_bits_of_two(library, layer, dtype):
+    values, options = emulated.values_of(layer), Options(dtype=dtype)
+    both = emulated.run(library, layer, values, options)
+    for without in (("dx", "tdx"), ("dw", "tdw")):
+        own = replace(options, without=without)
+        alone = emulated.run(library, layer, values, own)
+        names = {"dx", "tdx", "dw", "tdw", "db", "tdb"} & set(alone)
+        names -= {*without, *(n.replace("w", "b") for n in without)}
+        same = {n: both[n] for n in names}
+        assert_close({n: alone[n] for n in names}, same, "exact", str(layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@few_layers
+def test_a_product_may_go_where_its_direction_is(library, layer, dtype):
+    values = emulated.values_of(layer)
+    options = Options(dtype=dtype, base="direction", passes=("tangent_backward",))
+    got = emulated.run(library, layer, values, options)
+    want = emulated.run(library, layer, values, replace(options, base="none"))
+    names = {"tdx", "tdw"}
+    same = {n: want[n] for n in names}
+    assert_close({n: got[n] for n in names}, same, "exact", str(layer))
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("layer", [LAYERS[8], LAYERS[14], LAYERS[17]], ids=str)
@@ -271,7 +297,9 @@ def test_images_that_offsets_cannot_reach(library):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", ["", "_outputs", "_inputs", "_weights"])
+@pytest.mark.parametrize(
+    "name", ["", "_outputs", "_inputs", "_weights", "_pooled", "_adjoints"]
+)
 def test_nvcc_neither_warns_nor_spills(tmp_path, name):
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall"]
     for arch in (80, 90):

@@ -1,8 +1,8 @@
 """Layers of the CUDA backend store updates, not gradients that are applied afterwards.
 
-The chain of lambda goes in place where tensors share a rate: the adjoint of a norm's
-scale then goes where its tangent is, which other blocks still read. Batches here are
-large enough that those are blocks of other launches.
+The chain of lambda goes to and fro between two places where tensors share a rate, and
+takes an odd number of steps here: it must end where the mean looks for it. Batches here
+are large enough that a norm's blocks are those of several launches.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ void note_layer(const char* pass, const LayerArgs<S>& a) {
         {"dw", a.dw != nullptr},
         {"tdx", a.tdx != nullptr},
         {"tdw", a.tdw != nullptr},
-        {"base", a.dw_base != nullptr}});
+        {"base", a.dw_base != nullptr},
+        {"pooled", a.above ? a.above->desc->out.size() : 0}});
 }
 
 template <class S, std::size_t Kind, auto Pass>

@@ -155,6 +155,7 @@ constexpr Backend<S> table() {
       false,
       false,
       true,
+      false,
       task_slots,
       for_each_task,
       for_each_range};

@@ -65,6 +65,7 @@ Backend<S> table() {
       true,
       true,
       false,
+      true,
       task_slots,
       for_each_task<S>,
       for_each_range};

@@ -6,16 +6,18 @@
 //
 // x [T, N, in], y [T, N, out] channels last; w [T, kernel pixels * in channels, out channels] and
 // the bias behind it. A tangent is the same product with two operand pairs. This file turns a pass
-// into at most two products (bilinear.h), and chooses their arithmetic and tiles.
+// into at most two products (bilinear.h), which may be one launch; bilinear_choice.cu chooses their
+// arithmetic and tiles.
 //
 // Which arithmetic, and where a long sum is cut into parts, depends on the layer and the samples of
-// a task alone; tiles depend on the number of tasks too, but change no bit of a result. The parts
+// a task alone; tiles and launches depend on the number of tasks too, but change no bit. The parts
 // of `dw` are in scratch: [T, scratch_count], of which a task's parts come first.
 #include "cuda/bilinear.h"
 
 #include <limits>
 
 #include "cuda/kernels.h"
+#include "cuda/pack.cuh"
 
 namespace FM_CUDA {
 namespace {
@@ -82,32 +84,13 @@ ProductShape shape_of(const LayerDesc& d, index_t samples, Form form) {
   return s;
 }
 
-// A block's time is about its multiplications, times 1 for a warp that holds 32 x 32 sums (64 x 64,
-// 128 x 32), 1.4 for 16 x 16 and 1.9 for 32 x 8: instructions that a warp issues for each mma, 4.3,
-// 7.7 and 14, against the 6.5 cycles of a TF32 mma. 1 + 16 / rows + 16 / columns gives these
-// ratios. Fewer than two blocks for each of an H100's 132 multiprocessors are no faster than two.
-TileShape choose_tile(const ProductShape& s, index_t tasks) {
-  TileShape best = TileShape::t64x64;
-  double least = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < int(TileShape::count); ++i) {
-    const double rows = kTileRows[i], columns = kTileColumns[i];
-    const double blocks = double(tasks) * s.groups * blocks_for(s.rows, kTileRows[i]) *
-                          blocks_for(s.columns, kTileColumns[i]);
-    const double cost = max_of(blocks, 264.0) * rows * columns * (1 + 16 / rows + 16 / columns);
-    if (cost < least) {
-      least = cost;
-      best = TileShape(i);
-    }
-  }
-  return best;
-}
-
 template <class S>
 bool aligned(const S* p, index_t stride) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && stride * index_t(sizeof(S)) % 16 == 0;
 }
 
-constexpr unsigned kReduceBlock = 128;
+// A block's warps are chunks of the parts, their lanes elements.
+constexpr unsigned kReduceElements = 32, kReduceChunks = 4;
 
 template <class S>
 struct Reduce {
@@ -121,21 +104,34 @@ struct Reduce {
   const S *weight_rate, *bias_rate;
 };
 
-// result = base + scale * rate * the sum of a task's parts, in ascending order
+// result = base + scale * rate * the sum of a task's parts: of each chunk of them in ascending
+// order, then of the chunks. Few elements of many parts would be too few threads to read them.
 template <class S>
 FM_KERNEL void bilinear_reduce_kernel(const Reduce<S> p) {
-  index_t e = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= p.weights + p.outputs) return;
-  const bool is_bias = e >= p.weights;
+  S* chunks = shared_memory<S>();  // [kReduceChunks, kReduceElements]
+  const int lane = int(threadIdx.x % kReduceElements), chunk = int(threadIdx.x / kReduceElements);
+  const int each = (p.count + int(kReduceChunks) - 1) / int(kReduceChunks);
+  const int first = min_of(p.count, chunk * each), end = min_of(p.count, first + each);
+  index_t e = index_t(blockIdx.x) * kReduceElements + lane;
+  const bool inside = e < p.weights + p.outputs, is_bias = e >= p.weights;
   if (is_bias) e += p.bias_offset - p.weights;
   const S* rate = is_bias ? p.bias_rate : p.weight_rate;
   const S scale = (is_bias ? p.bias_scale : p.weight_scale) * (rate ? *rate : S(1));
   for (index_t task = blockIdx.y; task < p.tasks; task += gridDim.y) {
     const S* part = p.parts + task * p.parts_stride + e;
     S sum = 0;
-    for (int i = 0; i < p.count; ++i) sum += part[i * p.part_stride];
-    p.result[task * p.result_stride + e] =
-        (p.base ? p.base[task * p.base_stride + e] : S(0)) + scale * sum;
+    if (inside) {
+      FM_UNROLL_BY_EIGHT
+      for (int i = first; i < end; ++i) sum += part[i * p.part_stride];
+    }
+    chunks[threadIdx.x] = sum;
+    __syncthreads();
+    if (inside && chunk == 0) {
+      for (int i = 1; i < int(kReduceChunks); ++i) sum += chunks[i * int(kReduceElements) + lane];
+      p.result[task * p.result_stride + e] =
+          (p.base ? p.base[task * p.base_stride + e] : S(0)) + scale * sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -167,12 +163,17 @@ class Passes {
         return outputs(p, a_.tw, a_.tw_stride, a_.ty);
       }
       case Pass::backward: {
-        inputs({a_.dy, a_.w, out_, a_.w_stride}, {}, a_.dx);
-        return weights({a_.x, a_.dy, in_, out_}, {}, a_.dw);
+        // a norm above that leaves its map to this layer has written no dy
+        const S* dy = a_.above ? a_.y : a_.dy;
+        return adjoints(product(Form::inputs, {a_.dy, a_.w, out_, a_.w_stride}, {}), a_.dx,
+                        product(Form::weights, {a_.x, dy, in_, out_}, {}), a_.dw);
       }
       case Pass::tangent_backward: {
-        inputs({a_.tdy, a_.w, out_, a_.w_stride}, {a_.dy, a_.tw, out_, a_.tw_stride}, a_.tdx);
-        return weights({a_.x, a_.tdy, in_, out_}, {a_.tx, a_.dy, in_, out_}, a_.tdw);
+        return adjoints(
+            product(Form::inputs, {a_.tdy, a_.w, out_, a_.w_stride},
+                    {a_.dy, a_.tw, out_, a_.tw_stride}),
+            a_.tdx, product(Form::weights, {a_.x, a_.tdy, in_, out_}, {a_.tx, a_.dy, in_, out_}),
+            a_.tdw);
       }
     }
   }
@@ -204,8 +205,8 @@ class Passes {
     p.mask = reinterpret_cast<const unsigned*>(saved);
   }
 
-  using Launcher = void (*)(Product<S>, index_t, Choice, const Exec&);
-  void launch_with(Launcher launcher, Product<S>& p, S* result, index_t stride) const {
+  // Where a product's results go, and how wide its accesses may be.
+  void place(Product<S>& p, S* result, index_t stride) const {
     constexpr index_t kUnit = 16 / sizeof(S);
     p.result = result;
     p.result_stride = stride;
@@ -217,7 +218,9 @@ class Passes {
     }
     p.wide_out = p.shape.columns % 4 == 0 && aligned(result, stride) &&
                  aligned(result, p.part_stride) && aligned(p.base, p.base_stride);
-    launcher(p, a_.tasks, chooser_(p.shape, a_.tasks, exec_.precision, sizeof(S)), exec_);
+  }
+  Choice choice(const Product<S>& p) const {
+    return chooser_(p.shape, a_.tasks, exec_.precision, sizeof(S));
   }
 
   void outputs(Product<S>& p, const S* w, index_t w_stride, S* y) const {
@@ -225,34 +228,45 @@ class Passes {
       p.bias = w + d_.bias_offset;
       p.bias_stride = w_stride;
     }
-    launch_with(launch_outputs<S>, p, y, out_);
+    place(p, y, out_);
+    launch_outputs(p, a_.tasks, choice(p), exec_);
   }
 
-  void inputs(Pair first, Pair second, S* dx) const {
-    if (!dx) return;
-    Product<S> p = product(Form::inputs, first, second);
-    if (d_.relu_input) read_signs(p, a_.saved_below);
-    launch_with(launch_inputs<S>, p, dx, in_);
-  }
-
-  void weights(Pair first, Pair second, S* dw) const {
-    if (!dw) return;
-    Product<S> p = product(Form::weights, first, second);
-    p.bias_offset = d_.has_bias ? d_.bias_offset : 0;
-    if (p.shape.groups > 1) {
-      S* parts = static_cast<S*>(exec_.scratch);
-      p.part_stride = d_.param_count;
-      launch_with(launch_weights<S>, p, parts, scratch_count(d_, a_.samples));
-      return reduce(p, dw);
+  // dx by one product, dw by the other, or what there is to be of them.
+  void adjoints(Product<S> inputs, S* dx, Product<S> weights, S* dw) const {
+    if (d_.relu_input) read_signs(inputs, a_.saved_below);
+    place(inputs, dx, in_);
+    weights.bias_offset = d_.has_bias ? d_.bias_offset : 0;
+    const bool in_parts = weights.shape.groups > 1;
+    if (in_parts) {
+      weights.part_stride = d_.param_count;
+      place(weights, static_cast<S*>(exec_.scratch), scratch_count(d_, a_.samples));
+    } else {
+      weights.base = a_.dw_base;
+      weights.base_stride = a_.dw_base_stride;
+      weights.weight_scale = a_.weight_scale;
+      weights.bias_scale = a_.bias_scale;
+      weights.weight_rate = a_.weight_rate;
+      weights.bias_rate = a_.bias_rate;
+      place(weights, dw, a_.dw_stride);
     }
-    p.base = a_.dw_base;
-    p.base_stride = a_.dw_base_stride;
-    p.weight_scale = a_.weight_scale;
-    p.bias_scale = a_.bias_scale;
-    p.weight_rate = a_.weight_rate;
-    p.bias_rate = a_.bias_rate;
-    launch_with(launch_weights<S>, p, dw, a_.dw_stride);
+    // one of the weights that dx hangs on may be where dw goes
+    const bool apart = !in_parts && (dw == inputs.pair[0].b || dw == inputs.pair[1].b);
+    Choice both;
+    if (dx && dw && !apart && choose_together(of(weights), of(inputs), a_.tasks, both)) {
+      launch_adjoints(weights, inputs, a_.tasks, both, exec_);
+    } else {
+      if (dx) launch_inputs(inputs, a_.tasks, choice(inputs), exec_);
+      if (dw && a_.above) {
+        const Arithmetic arithmetic = choice(weights).arithmetic;
+        launch_pooled_weights(weights, *a_.above, a_.tasks, arithmetic, exec_);
+      } else if (dw) {
+        launch_weights(weights, a_.tasks, choice(weights), exec_);
+      }
+    }
+    if (dw && in_parts) reduce(weights, dw);
   }
+  Chosen of(const Product<S>& p) const { return {p.shape, p.pairs, choice(p)}; }
 
   void reduce(const Product<S>& p, S* dw) const {
     const Reduce<S> r{p.result,
@@ -271,9 +285,10 @@ class Passes {
                       a_.bias_scale,
                       a_.weight_rate,
                       a_.bias_rate};
-    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceBlock),
+    const dim3 grid(blocks_for(r.weights + r.outputs, kReduceElements),
                     unsigned(min_of<index_t>(a_.tasks, 65535)));
-    launch(bilinear_reduce_kernel<S>, grid, kReduceBlock, 0, exec_, r);
+    constexpr unsigned kBlock = kReduceElements * kReduceChunks;
+    launch(bilinear_reduce_kernel<S>, grid, kBlock, kBlock * sizeof(S), exec_, r);
   }
 
   const LayerArgs<S>& a_;
@@ -284,22 +299,6 @@ class Passes {
 };
 
 }  // namespace
-
-// Products of vectors are not for tensor cores, which would multiply mostly zeros.
-Choice choose(const ProductShape& s, index_t tasks, Precision precision, std::size_t scalar_size) {
-  const TileShape tile = choose_tile(s, tasks);
-  if (scalar_size != sizeof(float) || s.columns < 4 || s.depth < 4) {
-    return {Arithmetic::scalar, tile};
-  }
-  switch (precision) {
-    case Precision::tf32:
-      return {Arithmetic::tf32, tile};
-    case Precision::bfloat16:
-      return {Arithmetic::bfloat16, tile};
-    default:
-      return {Arithmetic::split_tf32, tile};
-  }
-}
 
 template <class S>
 void bilinear_pass(Pass pass, const LayerArgs<S>& a, const Exec& exec, Chooser chooser) {

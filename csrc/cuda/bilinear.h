@@ -110,10 +110,28 @@ void launch_inputs(Product<S> p, index_t tasks, Choice choice, const Exec& exec)
 template <class S>
 void launch_weights(Product<S> p, index_t tasks, Choice choice, const Exec& exec);
 
+// Both in one launch, by one choice.
+template <class S>
+void launch_adjoints(Product<S> weights, Product<S> inputs, index_t tasks, Choice choice,
+                     const Exec& exec);
+// `weights` of a layer whose LayerDesc::folds_norm, with the adjoint of its outputs mapped from the
+// backward pass of the norm above; the pair is (x, y). bilinear_pooled.cu.
+template <class S>
+void launch_pooled_weights(Product<S> p, const LayerArgs<S>& norm, index_t tasks,
+                           Arithmetic arithmetic, const Exec& exec);
+
 // The choice of the passes in kernels.h; `scalar_size` in bytes.
 using Chooser = Choice (*)(const ProductShape&, index_t tasks, Precision, std::size_t scalar_size);
 Choice choose(const ProductShape& shape, index_t tasks, Precision precision,
               std::size_t scalar_size);
+
+// A product and its choice; and whether two of a layer had better be one launch, by `both`.
+struct Chosen {
+  const ProductShape& shape;
+  int pairs;
+  Choice choice;
+};
+bool choose_together(const Chosen& weights, const Chosen& inputs, index_t tasks, Choice& both);
 
 // A pass with another chooser, for tests.
 enum class Pass { forward, backward, tangent_forward, tangent_backward };

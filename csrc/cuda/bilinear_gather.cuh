@@ -89,8 +89,8 @@ FM_DEVICE TapColumn tap_column(const ProductShape& s, const PixelClass<form>& c,
 // The part of a tile that a thread copies: one unit of columns in every kStep-th row.
 template <int Columns, int Unit>
 struct CopyShare {
-  static constexpr int kUnits = Columns / Unit, kStep = kThreads / kUnits;
-  static_assert(Columns % Unit == 0 && kThreads % kUnits == 0, "a thread keeps its columns");
+  static constexpr int kUnits = Columns / Unit, kStep = kProductThreads / kUnits;
+  static_assert(Columns % Unit == 0 && kProductThreads % kUnits == 0, "a thread keeps its columns");
   static FM_DEVICE int column() { return int(threadIdx.x) % kUnits * Unit; }
   static FM_DEVICE int row() { return int(threadIdx.x) / kUnits; }
 };

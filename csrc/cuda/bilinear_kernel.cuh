@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/bilinear_gather.cuh"
+#include "cuda/bilinear_store.cuh"
 #include "cuda/bilinear_tensor.cuh"
 #include "cuda/bilinear_tile.cuh"
 #include "cuda/sign_bits.cuh"
@@ -21,8 +22,7 @@ namespace FM_CUDA {
 template <class S, Form form>
 struct BlockTask {
   int tile_m, tile_n, group, task;
-  FM_DEVICE explicit BlockTask(const Product<S>& p) {
-    int block = int(blockIdx.x);
+  FM_DEVICE BlockTask(const Product<S>& p, int block) {
     tile_n = block % p.tiles_n;
     block /= p.tiles_n;
     tile_m = block % p.tiles_m;
@@ -158,60 +158,15 @@ struct Feed {
   }
 };
 
-template <class S>
-FM_DEVICE S scaled(S scale, const S* rate) {
-  return rate ? scale * *rate : scale;
-}
-
-// Stores a run of finished sums at `index` of the result; `width` of them exist.
-template <int N, class S, class Finish>
-FM_DEVICE void store_run(S* result, index_t index, const Run<N, S>& run, int width, bool wide,
-                         const Finish& finish) {
-  if (wide) {
-    if (width > 0) *reinterpret_cast<Run<N, S>*>(result + index) = finish(run, index, N);
-  } else {
-    const Run<N, S> done = finish(run, index, width);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < width) result[index + i] = done.v[i];
-    }
-  }
-}
-
-// The adjoint of the bias: columns of b, summed by two threads each, whatever the tile.
-template <class S, int Columns>
-struct ColumnSum {
-  static constexpr int kParts = 2;
-  S total = 0;
-
-  template <int Depth, int Stride>
-  FM_DEVICE void add(const S* b) {
-    if (int(threadIdx.x) >= kParts * Columns) return;
-    S sum = 0;
-#pragma unroll
-    for (int k = 0; k < Depth; k += kParts) {
-      sum += b[(k + int(threadIdx.x) / Columns) * Stride + int(threadIdx.x) % Columns];
-    }
-    total += sum;
-  }
-  // For threads below Columns, which call it with all others of the block.
-  FM_DEVICE S finish(S* shared) const {
-    __syncthreads();
-    if (int(threadIdx.x) < kParts * Columns) shared[threadIdx.x] = total;
-    __syncthreads();
-    if (int(threadIdx.x) >= Columns) return 0;
-    return shared[threadIdx.x] + shared[threadIdx.x + Columns];
-  }
-};
-
+// Block number `block` of a product.
 template <class S, class Loop, Form form>
-FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(const Product<S> p) {
+FM_DEVICE void bilinear_block(const Product<S>& p, int block) {
   using F = Feed<S, Loop, form>;
   using L = typename F::L;
   constexpr int kStages = Loop::kStages, kK = Loop::kTileK;
   const ProductShape& s = p.shape;
   S* shared = shared_memory<S>();
-  const BlockTask<S, form> at(p);
+  const BlockTask<S, form> at(p, block);
   const PixelClass<form> pixels(s, form == Form::inputs ? at.group : 0);
   F feed(p, pixels, at, shared);
   if (form == Form::inputs && feed.m0 >= s.samples * pixels.pixels()) return;
@@ -251,40 +206,10 @@ FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(con
     }
   }
 
-  S* result = p.result + at.task * p.result_stride;
   if constexpr (form == Form::weights) {
-    result += at.group * p.part_stride;
-    const S* base = p.base ? p.base + at.task * p.base_stride : nullptr;
-    const S scale = scaled(p.weight_scale, p.weight_rate);
-    loop.template for_each<L>([&](int row, int column, const auto& run) {
-      if (feed.m0 + row >= s.rows) return;
-      store_run(result, index_t(feed.m0 + row) * s.columns + feed.n0 + column, run,
-                s.columns - feed.n0 - column, p.wide_out, [&](auto v, index_t index, int width) {
-                  using R = decltype(v);
-                  constexpr int N = int(sizeof(v.v) / sizeof(S));
-                  R from{};
-                  if (base && p.wide_out) {
-                    from = *reinterpret_cast<const R*>(base + index);
-                  } else if (base) {
-#pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                      if (i < width) from.v[i] = base[index + i];
-                    }
-                  }
-#pragma unroll
-                  for (int i = 0; i < N; ++i) v.v[i] = from.v[i] + scale * v.v[i];
-                  return v;
-                });
-    });
-    if (sums_bias) {
-      const S total = bias.finish(shared);
-      const int column = feed.n0 + int(threadIdx.x);
-      if (int(threadIdx.x) < Loop::kTileN && column < s.columns) {
-        const index_t index = p.bias_offset + column;
-        result[index] = (base ? base[index] : S(0)) + scaled(p.bias_scale, p.bias_rate) * total;
-      }
-    }
+    store_weights<L>(p, feed, at.group, at.task, loop, sums_bias, bias, shared);
   } else {
+    S* result = p.result + at.task * p.result_stride;
     const S* add = p.bias ? p.bias + at.task * p.bias_stride : nullptr;
     const unsigned* mask = p.mask ? p.mask + at.task * p.sign_stride : nullptr;
     unsigned* signs = p.signs ? p.signs + at.task * p.sign_stride : nullptr;
@@ -314,67 +239,91 @@ FM_KERNEL void __launch_bounds__(kThreads, Loop::kMinBlocks) bilinear_kernel(con
 }
 
 template <class S, class Loop, Form form>
-void launch_product(Product<S>& p, index_t tasks, const Exec& exec) {
-  using F = Feed<S, Loop, form>;
+FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
+    bilinear_kernel(const Product<S> p) {
+  bilinear_block<S, Loop, form>(p, int(blockIdx.x));
+}
+
+// Bytes of a block's shared memory.
+template <class S, class Loop, Form form>
+constexpr std::size_t kProductShared = Loop::kStages * Feed<S, Loop, form>::L::kStage * sizeof(S) +
+                                       Feed<S, Loop, form>::kTable * sizeof(PixelRow) +
+                                       (form == Form::weights ? 0 : Loop::kTileM * sizeof(int));
+
+// Cuts the result into tiles, and returns the blocks of all tasks.
+template <class Loop, class S>
+index_t cut_into_tiles(Product<S>& p, index_t tasks) {
   p.tiles_m = int(blocks_for(p.shape.rows, Loop::kTileM));
   p.tiles_n = int(blocks_for(p.shape.columns, Loop::kTileN));
   const index_t blocks = tasks * p.shape.groups * p.tiles_m * p.tiles_n;
-  require(blocks < index_t(1) << 31, "bilinear: ", tasks, " tasks of ", p.shape.samples,
-          " samples need ", blocks, " blocks, of at most 2^31 - 1; use fewer tasks at a time");
-  constexpr std::size_t kShared = Loop::kStages * F::L::kStage * sizeof(S) +
-                                  F::kTable * sizeof(PixelRow) +
-                                  (form == Form::weights ? 0 : F::kM * sizeof(int));
-  launch(bilinear_kernel<S, Loop, form>, dim3(unsigned(blocks)), kThreads, kShared, exec, p);
+  require(blocks < index_t(1) << 30, "bilinear: ", tasks, " tasks of ", p.shape.samples,
+          " samples need ", blocks, " blocks, of fewer than 2^30; use fewer tasks at a time");
+  return blocks;
 }
 
-template <Form form, Arithmetic arithmetic>
-void launch_tensor(Product<float>& p, index_t tasks, TileShape tile, const Exec& exec) {
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+
+// use(TypeOf<Loop>()) with the main loop of a choice.
+template <Arithmetic arithmetic, class Use>
+void with_tensor_loop(TileShape tile, const Use& use) {
   switch (tile) {
     case TileShape::t128x32:
-      return launch_product<float, TensorLoop<128, 32, 32, 32, 3, arithmetic>, form>(p, tasks,
-                                                                                     exec);
+      return use(TypeOf<TensorLoop<128, 32, 32, 32, 3, arithmetic>>());
     case TileShape::t64x64:
-      return launch_product<float, TensorLoop<64, 64, 32, 32, 3, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<64, 64, 32, 32, 3, arithmetic>>());
     case TileShape::t32x32:
-      return launch_product<float, TensorLoop<32, 32, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<32, 32, 16, 16, 4, arithmetic>>());
     case TileShape::t16x64:
-      return launch_product<float, TensorLoop<16, 64, 16, 16, 4, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<16, 64, 16, 16, 4, arithmetic>>());
     default:
-      return launch_product<float, TensorLoop<128, 8, 32, 8, 3, arithmetic>, form>(p, tasks, exec);
+      return use(TypeOf<TensorLoop<128, 8, 32, 8, 3, arithmetic>>());
   }
 }
 
-template <Form form, class S>
-void launch_scalar(Product<S>& p, index_t tasks, TileShape tile, const Exec& exec) {
+template <class S, class Use>
+void with_scalar_loop(TileShape tile, const Use& use) {
   switch (tile) {
     case TileShape::t128x32:
-      return launch_product<S, ScalarLoop<S, 128, 32, 8, 4, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 128, 32, 8, 4, 3>>());
     case TileShape::t64x64:
-      return launch_product<S, ScalarLoop<S, 64, 64, 8, 4, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 64, 64, 8, 4, 3>>());
     case TileShape::t32x32:
-      return launch_product<S, ScalarLoop<S, 32, 32, 2, 4, 4>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 32, 32, 2, 4, 4>>());
     case TileShape::t16x64:
-      return launch_product<S, ScalarLoop<S, 16, 64, 2, 4, 4>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 16, 64, 2, 4, 4>>());
     default:
-      return launch_product<S, ScalarLoop<S, 128, 8, 8, 1, 3>, form>(p, tasks, exec);
+      return use(TypeOf<ScalarLoop<S, 128, 8, 8, 1, 3>>());
   }
 }
 
-template <Form form, class S>
-void launch_form(Product<S>& p, index_t tasks, Choice choice, const Exec& exec) {
+template <class S, class Use>
+void with_loop(Choice choice, const Use& use) {
   if constexpr (sizeof(S) == 4) {
     switch (choice.arithmetic) {
       case Arithmetic::split_tf32:
-        return launch_tensor<form, Arithmetic::split_tf32>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::split_tf32>(choice.tile, use);
       case Arithmetic::tf32:
-        return launch_tensor<form, Arithmetic::tf32>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::tf32>(choice.tile, use);
       case Arithmetic::bfloat16:
-        return launch_tensor<form, Arithmetic::bfloat16>(p, tasks, choice.tile, exec);
+        return with_tensor_loop<Arithmetic::bfloat16>(choice.tile, use);
       default:
         break;
     }
   }
-  launch_scalar<form>(p, tasks, choice.tile, exec);
+  with_scalar_loop<S>(choice.tile, use);
+}
+
+template <Form form, class S>
+void launch_form(Product<S>& p, index_t tasks, Choice choice, const Exec& exec) {
+  with_loop<S>(choice, [&](auto loop) {
+    using Loop = typename decltype(loop)::type;
+    const dim3 grid(unsigned(cut_into_tiles<Loop>(p, tasks)));
+    launch(bilinear_kernel<S, Loop, form>, grid, kProductThreads, (kProductShared<S, Loop, form>),
+           exec, p);
+  });
 }
 
 }  // namespace FM_CUDA

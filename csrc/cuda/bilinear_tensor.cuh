@@ -29,7 +29,7 @@ struct TensorLoop {
   static constexpr int kTileM = TileM, kTileN = TileN, kTileK = 32;
   static constexpr int kStages = Stages, kMinBlocks = 3;
   static constexpr int kWarpsM = TileM / WarpM, kM = WarpM / 16, kN = WarpN / 8;
-  static_assert(kWarpsM * (TileN / WarpN) * int(kWarp) == kThreads, "every warp has a part");
+  static_assert(kWarpsM * (TileN / WarpN) * int(kWarp) == kProductThreads, "every warp has a part");
   static constexpr int kDepth = arithmetic == Arithmetic::bfloat16 ? 16 : 8;  // of an mma
 
   float sum[kM][kN][4] = {};

@@ -13,7 +13,7 @@
 
 namespace FM_CUDA {
 
-constexpr int kThreads = 128;  // of a block
+constexpr int kProductThreads = 128;  // of a block
 
 // Adjacent values that are moved together.
 template <int N, class S>
@@ -43,7 +43,7 @@ struct ScalarLoop {
   static constexpr int kTileM = TileM, kTileN = TileN, kTileK = 128 / int(sizeof(S));
   static constexpr int kStages = Stages, kMinBlocks = sizeof(S) == 4 ? 3 : 1;
   static constexpr int kAcross = TileN / ThreadN, kDown = TileM / ThreadM;
-  static_assert(kAcross * kDown == kThreads, "every thread has sums");
+  static_assert(kAcross * kDown == kProductThreads, "every thread has sums");
 
   S sum[ThreadM][ThreadN] = {};
 

@@ -11,6 +11,7 @@
 // apply the updates of theta and lambda themselves, where they store a gradient or product.
 
 #include <limits>
+#include <utility>
 
 #include "meta/meta_plan.h"
 
@@ -36,7 +37,8 @@ class MetaGradient {
         slots_(workspace + plan.shared),
         rates_(call, call.rates, workspace + plan.rates),
         still_(still_layers(call)),
-        in_place_(moves_in_place(call)) {}
+        in_place_(moves_in_place(call)),
+        alternates_(alternates(call)) {}
 
   void run() {
     if (plan_.resident.taken && backend_.lockstep) return run_resident_together();
@@ -177,7 +179,7 @@ class MetaGradient {
     S* base;
     index_t tasks;
     Rows<const S> theta0;
-    Rows<S> lambda, rate_rows;
+    Rows<S> lambda, next_lambda, rate_rows;  // next_lambda: where a chain step puts it
     Batch<S> support, query;
     Exec exec;
     Metrics metrics;  // [T, K + 1]
@@ -215,6 +217,11 @@ class MetaGradient {
       w.theta0 = {own, P};
     }
     w.lambda = {shared_ + plan_.lambdas + first % plan_.wave * row, row};
+    w.next_lambda = w.lambda;
+    if (alternates_) {  // K steps end where the mean looks for it
+      w.next_lambda = {w.at(plan_.direction), row};
+      if (call_.steps % 2 == 1) std::swap(w.lambda, w.next_lambda);
+    }
     w.factors = factors(first % plan_.wave, count, w.at(plan_.updates));
     w.rate_rows = {shared_ + plan_.rate_rows + first * R, R};
     w.support = load_samples(call_, call_.support, first, count, w.at(plan_.support_x), w.exec);
@@ -225,7 +232,7 @@ class MetaGradient {
   }
 
   void work(index_t slot, index_t first, index_t count, const Exec& exec) const {
-    const Work w = begin(slot, first, count, exec);
+    Work w = begin(slot, first, count, exec);
     const index_t K = call_.steps;
     for (index_t k = 0; k < K; ++k) inner_step(w, k);
     const auto& vector = backend_.vector;
@@ -240,6 +247,7 @@ class MetaGradient {
       add_query_gradient(w, k);
       if (k == 0) return;
       chain_step(w, k - 1);
+      if (alternates_) std::swap(w.lambda, w.next_lambda);
     }
   }
 
@@ -301,8 +309,8 @@ class MetaGradient {
     const Tangent<S> tangent{&plan_.tangent, w.at(plan_.late), w.tasks};
     if (in_place_) {
       const Update<S> update{lambda, S(-1), rates_.number(k), 0, stores.data()};
-      network_.hessian_vector(at, with(lambda, direction), w.support, tape(w, k), tangent, w.lambda,
-                              update, w.exec, still_.data());
+      network_.hessian_vector(at, with(lambda, direction), w.support, tape(w, k), tangent,
+                              w.next_lambda, update, w.exec, still_.data());
       return;
     }
     const Rows<S> v{w.at(plan_.direction), plan_.row()};
@@ -352,7 +360,7 @@ class MetaGradient {
   S* slots_;
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
-  bool in_place_;
+  bool in_place_, alternates_;
   ResidentCall<S> resident_;
 };
 

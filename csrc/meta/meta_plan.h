@@ -4,9 +4,9 @@
 // backend that does a whole task in one call. Weights of large dense layers with few samples may
 // stay factored (factored.h), and are then in no row of theta or lambda. Activations of all inner
 // steps are kept where they fit, else those of the last step alone. A chain step goes in place
-// where all layers that move share one rate, else it takes a direction beside lambda. Tasks come in
-// waves whose lambdas stay in the last cache until they are added up: those of all tasks would have
-// to come back from memory.
+// (in lockstep, to and fro) where all layers that move share one rate, else it takes a direction
+// beside lambda. Tasks come in waves whose lambdas stay in the last cache until they are added
+// up: those of all tasks would have to come back from memory.
 #pragma once
 
 #include "meta/factored.h"
@@ -52,6 +52,13 @@ template <class S>
 bool moves_in_place(const MetaCall<S>& call) {
   return has_one_rate(call) &&
          chunk_of(*call.program, *call.backend, call.support.count) == call.support.count;
+}
+
+// Whether lambda goes to and fro between two places instead: a backend in lockstep does both
+// adjoints of a layer in one launch if the one doesn't overwrite what the other reads.
+template <class S>
+bool alternates(const MetaCall<S>& call) {
+  return moves_in_place(call) && call.backend->lockstep && !call.first_order;
 }
 
 // Bytes of lambda that the last cache keeps beside parameters and activations of the threads.
@@ -103,7 +110,8 @@ index_t plan_slot(const MetaCall<S>& call, index_t tapes, MetaPlan& plan) {
     for (index_t k = 0; k < K; ++k) plan.gradients[k] = slot.take(P);
     plan.rate_row = slot.take(RateTable<S>::width(program, call.rates));
   }
-  plan.direction = slot.take(call.first_order || moves_in_place(call) ? 0 : plan.row());
+  const bool alone = call.first_order || (moves_in_place(call) && !alternates(call));
+  plan.direction = slot.take(alone ? 0 : plan.row());
   plan.support_x = slot.take(staging_size(program, call.support));
   plan.query_x = slot.take(staging_size(program, call.query));
   plan.tapes.assign(K, 0);

@@ -27,7 +27,7 @@ LayerArgs<S> Network<S>::adjoint_args(size_t l, Params theta, const Batch<S>& ba
   const auto adjoint = [&](size_t m) { return room ? room->tdx(m) : tape.dx(m); };
   LayerArgs<S> a = args(l, theta, batch, tape);
   a.dy = l + 1 < depth() ? adjoint(l + 1) : dz;
-  a.dx = l > first() && !a.swept_below ? adjoint(l) : nullptr;
+  a.dx = l > first() && !a.swept_below && !folds(l - 1) ? adjoint(l) : nullptr;
   return a;
 }
 
@@ -145,9 +145,12 @@ void Network<S>::backward(Params theta, const Batch<S>& batch, const Tape<S>& ta
                           const Tangent<S>* room) const {
   const auto args_of = [&](size_t l) { return adjoint_args(l, theta, batch, tape, dz, room); };
   for (size_t l = depth(); l-- > (dw.data ? first() : lowest_adjoint());) {
-    with_above(l, args_of, [&](LayerArgs<S>& a) {
-      update_layer(ops(a).backward, a, &LayerArgs<S>::dw, dw, update, exec);
-    });
+    with_above(
+        l, args_of,
+        [&](LayerArgs<S>& a) {
+          update_layer(ops(a).backward, a, &LayerArgs<S>::dw, dw, update, exec);
+        },
+        true);
   }
 }
 

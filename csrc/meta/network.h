@@ -147,11 +147,14 @@ class Network {
                             const std::uint8_t* still) const;
   // Whether layer l sweeps the pixels of the norm above it.
   bool in_strips(size_t l) const { return backend_.strips && program_.layers()[l].strip_rows > 0; }
-  // body(args_of(l)), with those of the norm above if layer l works in strips.
+  // Whether layer l maps, in backward passes, the adjoint of the norm above it.
+  bool folds(size_t l) const { return backend_.folds && program_.layers()[l].folds_norm; }
+  // body(args_of(l)), with those of the norm above if layer l works on that too: in strips or, with
+  // `adjoints`, where it folds.
   template <class ArgsOf, class Body>
-  void with_above(size_t l, const ArgsOf& args_of, const Body& body) const {
+  void with_above(size_t l, const ArgsOf& args_of, const Body& body, bool adjoints = false) const {
     LayerArgs<S> a = args_of(l);
-    if (!in_strips(l)) return body(a);
+    if (!in_strips(l) && !(adjoints && folds(l))) return body(a);
     const LayerArgs<S> above = args_of(l + 1);
     a.above = &above;
     body(a);

@@ -243,6 +243,7 @@ struct Backend {
   bool tensor_cores;  // knows precisions other than float32
   bool updates;       // all layers take LayerArgs::dw_base and what belongs to it, not dense alone
   bool strips;  // sweeps a batch norm's pixels in the convolution below, LayerDesc::strip_rows
+  bool folds;   // maps the adjoint of its input in the convolution below, LayerDesc::folds_norm
   // Tasks that are in work at the same time at most, each in a workspace slot of its own; a backend
   // in lockstep has one slot for all.
   index_t (*slots)(index_t tasks);

@@ -26,15 +26,16 @@ index_t saved_count(const LayerDesc& d, index_t samples) {
   return 0;
 }
 
-// 64 tiles of 64 x 64 weights, so that four tasks have 256 for the 132 multiprocessors of a large
-// GPU; but no part of less than 512 pixels, or 1024 samples of vectors, since each part is written
-// and read once more; and at most 2^18 elements in all.
+// 52 tiles of 64 x 64 weights, so that four tasks have some 200 for the 132 multiprocessors of a
+// large GPU, and with the blocks of dx, in one launch, what three a multiprocessor are; but no part
+// of less than 512 pixels, or 1024 samples of vectors, since each part is written and read once
+// more; and at most 2^18 elements in all.
 index_t gradient_parts(const LayerDesc& d, index_t samples) {
   const index_t inputs = d.window.kernel[0] * d.window.kernel[1] * d.in.channels;
   const index_t tiles = ((inputs + 63) / 64) * ((d.out.channels + 63) / 64);
   const index_t pixels = d.out.pixels(), useful = samples * pixels / (pixels > 1 ? 512 : 1024);
   const index_t room = (index_t(1) << 18) / max_of<index_t>(1, d.param_count);
-  return max_of<index_t>(1, min_of(64 / tiles, min_of(useful, room)));
+  return max_of<index_t>(1, min_of(52 / tiles, min_of(useful, room)));
 }
 
 namespace {

@@ -64,6 +64,9 @@ struct LayerDesc {
   // A first convolution below a batch norm with pooling: a backend may leave that norm's sweeps
   // over unpooled pixels to it, in strips of at most so many rows (Backend::strips).
   index_t strip_rows = 0;
+  // A first bilinear layer of few inputs below a batch norm with 2 x 2 pooling that leaves no
+  // border: a backend may leave the map of that norm's backward pass to it (Backend::folds).
+  bool folds_norm = false;
 
   index_t segments() const { return (has_weight ? 1 : 0) + (has_bias ? 1 : 0); }
   // A matrix product per sample or pixel: Linear, and convolutions of single pixels.
@@ -112,8 +115,9 @@ struct LayerArgs {
   // Of a factored layer (Backend::factored) the weights and their tangent, which may be null; w,
   // tw, dw and tdw are its bias alone.
   const Factors<S>*w_factors = nullptr, *tw_factors = nullptr;
-  // Of a convolution that works in strips, the arguments of the norm above it; and of that norm,
-  // that the convolution has swept, or will sweep, its unpooled pixels.
+  // Of a convolution that works in strips, and in backward passes of one that folds, the arguments
+  // of the norm above it; and of the norm above strips, that the convolution has swept, or will
+  // sweep, its unpooled pixels.
   const LayerArgs* above = nullptr;
   bool swept_below = false;
 };

@@ -272,6 +272,7 @@ Program::Program(const std::vector<index_t>& input, const std::vector<LayerSpec>
   place_tables();
   while (layers_[first_trainable_].param_count == 0) ++first_trainable_;
   choose_strips();
+  choose_folds();
 }
 
 namespace {
@@ -334,6 +335,17 @@ void Program::choose_strips() {
   if (conv.dense() || w.stride[0] * w.stride[1] != 1) return;
   if (w.kernel[0] * w.kernel[1] * conv.in.channels > kMostInputs) return;
   conv.strip_rows = norm.in.height - (norm.out.height - 1) * norm.window.kernel[0];
+}
+
+void Program::choose_folds() {
+  constexpr index_t kMostInputs = 32;  // the rows of a tile: outputs are mapped once
+  if (first_trainable_ + 1 == index_t(layers_.size())) return;
+  LayerDesc& conv = layers_[first_trainable_];
+  const LayerDesc& norm = layers_[first_trainable_ + 1];
+  if (conv.kind != LayerKind::bilinear || norm.kind != LayerKind::batch_norm_pool) return;
+  if (conv.window.kernel[0] * conv.window.kernel[1] * conv.in.channels > kMostInputs) return;
+  conv.folds_norm = norm.window.kernel[0] == 2 && norm.window.kernel[1] == 2 &&
+                    norm.in.height % 2 == 0 && norm.in.width % 2 == 0;
 }
 
 void Program::choose_chunk() {

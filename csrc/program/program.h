@@ -67,6 +67,7 @@ class Program {
   void fuse();
   void choose_chunk();
   void choose_strips();
+  void choose_folds();
   void place_tables();
 
   Shape input_, output_;
