@@ -50,7 +50,7 @@ struct SignTile {
   // Rows go where `targets` says (< 0: nowhere), into `words` words each, from column `first` on.
   FM_DEVICE void store(unsigned* signs, const int* targets, int words, int first) const {
     constexpr int kUnits = kBytes / kUnit;
-    for (int i = int(threadIdx.x); i < Rows * kUnits; i += kThreads) {
+    for (int i = int(threadIdx.x); i < Rows * kUnits; i += kProductThreads) {
       const int row = i / kUnits, byte = i % kUnits * kUnit, at = first / 8 + byte;
       if (targets[row] < 0 || at >= 4 * words) continue;
       unsigned char* to = reinterpret_cast<unsigned char*>(signs + targets[row] * words) + at;
