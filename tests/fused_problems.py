@@ -135,6 +135,13 @@ _STRIPS: list[tuple[str, int, tuple, tuple[int, int], tuple, dict]] = [
     ("many-inputs", 4, (2,), (5, 4), (8, 3, 1, 1), {}),
     ("stride-2", 4, (2,), (9, 8), (3, 3, 2, 1), {}),
 ]
+# Where the first seed leaves an input of a ReLU too close to zero.
+_SEEDS = {
+    "3x3-of-3to32": 1,
+    "3x3-of-3to48-wide-border": 1,
+    "3x3-of-3to16-plain": 1,
+    "3x3-of-3to16-many-strips": 1,
+}
 # Windows of 2 x 2 that leave no border, below which a convolution folds the norm's
 # adjoint: two tiles of channels, sums in parts, strides, a product per pixel, too many
 # inputs.
@@ -183,6 +190,7 @@ FUSED = [
             (conv[0], *size),
             2,
             samples=3,
+            seed=_SEEDS.get(name, 0),
         )
         for name, outputs, window, size, conv, more in [*_STRIPS, *_FOLDS]
     ),

@@ -367,24 +367,6 @@ class MetaGradient {
 }  // namespace
 
 template <class S>
-CallPlan plan_meta_gradient(const MetaCall<S>& call) {
-  auto made = std::make_shared<const MetaPlan>(make_plan(call));
-  const MetaPlan& plan = *made;
-  const index_t size = sizeof(S);
-  CallPlan result;
-  result.slots = plan.slots;
-  result.slot_bytes = call.together() * plan.slot * size;
-  result.shared_bytes = plan.shared * size;
-  result.tape_bytes = call.together() * plan.support.size * size;
-  result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
-  result.kept = plan.kept;
-  result.resident = plan.resident.taken;
-  result.factored = index_t(plan.factored.layers.size());
-  result.meta = std::move(made);
-  return result;
-}
-
-template <class S>
 double meta_gradient(const MetaCall<S>& call, const CallPlan& plan, void* workspace) {
   check_labels(call, call.support, "support_y");
   check_labels(call, call.query, "query_y");
@@ -398,8 +380,6 @@ double meta_gradient(const MetaCall<S>& call, const CallPlan& plan, void* worksp
   return loss / double(call.tasks);
 }
 
-template CallPlan plan_meta_gradient(const MetaCall<float>&);
-template CallPlan plan_meta_gradient(const MetaCall<double>&);
 template double meta_gradient(const MetaCall<float>&, const CallPlan&, void*);
 template double meta_gradient(const MetaCall<double>&, const CallPlan&, void*);
 
