@@ -268,7 +268,7 @@ using RowsTileFn = void (*)(const RowsProduct&, index_t, index_t);
 
 // Accumulators, a row of b (two, where a tail takes two steps) and two broadcasts must fit the
 // registers.
-constexpr int rows_most(int vectors, bool half, bool adjacent_rows) {
+constexpr int rows_most(int vectors, bool half, [[maybe_unused]] bool adjacent_rows) {
 #if defined(__AVX512F__)
   if (vectors == 2 && half) return adjacent_rows ? 10 : 8;
   return 12;
