@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import oracles
 import pytest
 import torch
 from backends import on_every_backend
-from close import assert_close
 from fused_problems import pooled_norm
-from native_cases import DTYPES, Case, case, cast, instruction_set, native, row
+from native_cases import DTYPES, Case, case, native
+from pooled_checks import SIZE, both_dtypes, changed, check, every_isa
 from problems import Problem
-from test_native_isas import ISAS
 from torch import nn
 
 pytestmark = on_every_backend
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
-both_dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")
-)
 every_window = pytest.mark.parametrize("window", [2, 3])
-SIZE = (7, 8)
 
 
 def fused(window: int, channels: int = 19, order: str = "") -> Case:
     name = f"fused {window} {channels} {order}"
     builder = pooled_norm(channels, (window,), SIZE, order=order)
     return case(Problem(name, builder, (2, *SIZE), 2, samples=3))
-
-
-def changed(c: Case, x: torch.Tensor | None = None, **own: torch.Tensor) -> Case:
-    """The case with other support samples, or other parameters of the tasks."""
-    tasks = c.tasks if x is None else dataclasses.replace(c.tasks, support_x=x)
-    return dataclasses.replace(c, tasks=tasks, own={**c.own, **own})
-
-
-def check(c: Case, isa: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Compares value, gradient and Hessian product with the oracle's; the gradient."""
-    exact, tasks = c.tasks, c.tasks.to(dtype=dtype)
-    with instruction_set(isa):
-        engine, own = native(c), cast(c.own, dtype)
-        support = tasks.support_x, tasks.support_y
-        value, gradient = engine.value_and_grad(own, *support)
-        hvp = engine.hvp(own, *support, cast(c.vector, dtype))
-    arguments = c.model, c.loss, c.own, exact.support_x, exact.support_y
-    want_value, want_gradient = oracles.value_and_grad(*arguments)
-    assert_close(value, want_value, row(dtype, "pass"), c.problem.name)
-    assert_close(gradient, want_gradient, row(dtype, "pass"), c.problem.name)
-    want_hvp = oracles.hvp(*arguments, c.vector)
-    assert_close(hvp, want_hvp, row(dtype, "product"), c.problem.name)
-    return gradient
 
 
 @both_dtypes

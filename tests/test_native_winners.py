@@ -6,61 +6,27 @@ ties, signs, NaN, images far from zero, and sums in parts.
 
 from __future__ import annotations
 
-import dataclasses
-
-import oracles
 import pytest
 import torch
-from close import assert_close
 from fused_problems import pooled_norm
 from native_cases import (
-    DTYPES,
     Case,
     assert_same_bits,
     case,
-    cast,
     everything,
-    instruction_set,
     native,
-    row,
     threads,
 )
+from pooled_checks import SIZE, both_dtypes, changed, check, every_isa
 from problems import Problem
-from test_native_isas import ISAS
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
-both_dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")
-)
 every_depth = pytest.mark.parametrize("channels", [1, 3])
-SIZE = (7, 8)
 
 
 def winners(channels: int, size: tuple[int, int] = SIZE, outputs: int = 32) -> Case:
     name = f"winners {channels} {size} {outputs}"
     builder = pooled_norm(outputs, (2,), size, conv=(channels, 3, 1, 1))
     return case(Problem(name, builder, (channels, *size), 2, samples=3))
-
-
-def changed(c: Case, x: torch.Tensor | None = None, **own: torch.Tensor) -> Case:
-    tasks = c.tasks if x is None else dataclasses.replace(c.tasks, support_x=x)
-    return dataclasses.replace(c, tasks=tasks, own={**c.own, **own})
-
-
-def check(c: Case, isa: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Compares gradient and Hessian product with the oracle's; the gradient."""
-    tasks = c.tasks.to(dtype=dtype)
-    with instruction_set(isa):
-        engine, own = native(c), cast(c.own, dtype)
-        support = tasks.support_x, tasks.support_y
-        _, gradient = engine.value_and_grad(own, *support)
-        hvp = engine.hvp(own, *support, cast(c.vector, dtype))
-    arguments = c.model, c.loss, c.own, c.tasks.support_x, c.tasks.support_y
-    _, want = oracles.value_and_grad(*arguments)
-    assert_close(gradient, want, row(dtype, "pass"), c.problem.name)
-    want_hvp = oracles.hvp(*arguments, c.vector)
-    assert_close(hvp, want_hvp, row(dtype, "product"), c.problem.name)
-    return gradient
 
 
 @both_dtypes

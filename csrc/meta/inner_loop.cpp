@@ -109,14 +109,7 @@ class InnerLoop {
 template <class S>
 CallPlan plan_adapt(const AdaptCall<S>& call) {
   const AdaptPlan plan = make_plan(call);
-  const index_t size = sizeof(S);
-  CallPlan result;
-  result.slots = plan.slots;
-  result.slot_bytes = call.together() * plan.slot * size;
-  result.shared_bytes = plan.shared * size;
-  result.tape_bytes = call.together() * plan.support.size * size;
-  result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
-  return result;
+  return told_sizes<S>(call, plan.slots, plan.slot, plan.shared, plan.support.size);
 }
 
 template <class S>

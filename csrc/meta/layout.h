@@ -252,4 +252,18 @@ class RateTable {
   bool each_;
 };
 
+// What a caller is told of a plan's sizes, which are in elements: of shared memory, and of one task
+// in a slot.
+template <class S, class Call>
+CallPlan told_sizes(const Call& call, index_t slots, index_t slot, index_t shared, index_t tape) {
+  const index_t size = sizeof(S);
+  CallPlan result;
+  result.slots = slots;
+  result.slot_bytes = call.together() * slot * size;
+  result.shared_bytes = shared * size;
+  result.tape_bytes = call.together() * tape * size;
+  result.bytes = result.shared_bytes + slots * result.slot_bytes;
+  return result;
+}
+
 }  // namespace fm

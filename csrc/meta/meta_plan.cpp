@@ -9,13 +9,7 @@ template <class S>
 CallPlan plan_meta_gradient(const MetaCall<S>& call) {
   auto made = std::make_shared<const MetaPlan>(make_plan(call));
   const MetaPlan& plan = *made;
-  const index_t size = sizeof(S);
-  CallPlan result;
-  result.slots = plan.slots;
-  result.slot_bytes = call.together() * plan.slot * size;
-  result.shared_bytes = plan.shared * size;
-  result.tape_bytes = call.together() * plan.support.size * size;
-  result.bytes = result.shared_bytes + result.slots * result.slot_bytes;
+  CallPlan result = told_sizes<S>(call, plan.slots, plan.slot, plan.shared, plan.support.size);
   result.kept = plan.kept;
   result.resident = plan.resident.taken;
   result.factored = index_t(plan.factored.layers.size());

@@ -142,12 +142,7 @@ index_t kept_tape_size(const Program& program, index_t samples) {
 template <class S>
 CallPlan plan_product(const ProductCall<S>& call) {
   const ProductPlan plan = make_plan(call);
-  CallPlan result;
-  result.slots = plan.slots;
-  result.slot_bytes = call.together() * plan.slot * index_t(sizeof(S));
-  result.tape_bytes = call.together() * plan.tape.size * index_t(sizeof(S));
-  result.bytes = result.slots * result.slot_bytes;
-  return result;
+  return told_sizes<S>(call, plan.slots, plan.slot, 0, plan.tape.size);
 }
 
 template <class S>
