@@ -137,6 +137,8 @@ def _plain(what: str, kind: str, f: Facts) -> int:
     table = {"relu": _BY_MASK, **dict.fromkeys(_COPIES, _BY_INDEX)}
     if what == "batch_norm_pool" and kind == "backward" and not f["dx"]:
         return 2 * y + f["tasks"] * f["parameters"]  # sums over the winners alone
+    if what == "batch_norm":  # a mean over images above it
+        y = f["tasks"] * f["samples"] * (f["pooled"] or f["out"])
     of_x, of_y = table.get(what, _PASSES)[kind]
     if kind == "backward" and not f["dx"]:
         of_x -= 1

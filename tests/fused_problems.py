@@ -1,4 +1,4 @@
-"""Problems around batch norm with what the engine fuses behind it: ReLU, max pooling.
+"""Problems around batch norm with what the engine fuses behind it: ReLU, pooling, mean.
 
 Sizes leave remainders that no window reaches, and channels lie around vector widths and
 the groups of vectors that reductions take. Windows that are not fused stand beside.
@@ -15,6 +15,8 @@ _ORDERS = {
     "-no-relu": ("norm", "pool"),
     "-relu-twice": ("norm", "relu", "pool", "relu"),
     "-pool-twice": ("norm", "relu", "pool", "pool"),
+    "-mean": ("norm", "relu", "mean"),
+    "-mean-no-relu": ("norm", "mean"),
 }
 
 
@@ -51,7 +53,12 @@ def pooled_norm(
             norm.register_parameter("weight", None)
         if not shift:
             norm.register_parameter("bias", None)
-        made = {"norm": norm, "relu": nn.ReLU(), "pool": nn.MaxPool2d(*window)}
+        made = {
+            "norm": norm,
+            "relu": nn.ReLU(),
+            "pool": nn.MaxPool2d(*window),
+            "mean": nn.AdaptiveAvgPool2d(1),
+        }
         body = nn.Sequential(*(made[key] for key in _ORDERS[order]))
         height, width = size
         kernel, stride, padding = (*conv[1:], 1, 0)[:3]
@@ -60,6 +67,8 @@ def pooled_norm(
         for key in _ORDERS[order]:
             if key == "pool":
                 height, width = _after((height, width), *_filled(window))
+            elif key == "mean":
+                height = width = 1
         first = []
         if lead:
             first = [nn.Conv2d(conv[0], channels, *conv[1:], bias=bias)]
@@ -152,6 +161,15 @@ _FOLDS: list[tuple[str, int, tuple, tuple[int, int], tuple, dict]] = [
     ("even-1x1", 12, (2,), (6, 4), (5, 1), {"order": "-no-relu", "scale": False}),
     ("even-many-inputs", 4, (2,), (4, 4), (4, 3, 1, 1), {"order": "-relu-last"}),
 ]
+# Means over images, which a backend may do in the norm below: of whole packs of
+# channels and others, and of as many rows as are summed in parts.
+# name, channels, image, order, further arguments
+_MEANS: list[tuple[str, int, tuple[int, int], str, dict]] = [
+    ("8", 8, (3, 3), "-mean", {"scale": False}),
+    ("5-no-relu", 5, (4, 3), "-mean-no-relu", {}),
+    ("first", 2, (3, 4), "-mean", {"lead": False}),
+    ("many", 4, (22, 23), "-mean", {}),
+]
 _AFFINE = {
     "-no-scale": (False, True),
     "-no-shift": (True, False),
@@ -193,6 +211,16 @@ FUSED = [
             seed=_SEEDS.get(name, 0),
         )
         for name, outputs, window, size, conv, more in [*_STRIPS, *_FOLDS]
+    ),
+    *(
+        Problem(
+            f"batch-norm-mean-{name}",
+            pooled_norm(c, (1,), size, order=order, **more),
+            (2, *size),
+            2,
+            samples=3,
+        )
+        for name, c, size, order, more in _MEANS
     ),
     Problem(
         "batch-norm-pool-first",

@@ -163,6 +163,24 @@ def test_a_norm_whose_adjoint_is_mapped_below_by_hand():
     assert sums.elements == 2 * 12 + 2 * 2
 
 
+def test_a_norm_that_does_the_mean_above_it_by_hand():
+    """Means of 2 channels of 4 pixels: x 2 * 3 * 8, outputs and adjoints 2 * 3 * 2."""
+    norm = facts(**{"in": 8, "out": 8, "parameters": 2, "pooled": 2}, dx=1)
+    (forward,) = launches.shares(("batch_norm", "forward", norm))
+    (backward,) = launches.shares(("batch_norm", "backward", norm))
+    assert forward.elements == 48 + 12 + 4
+    assert backward.elements == 2 * 48 + 12 + 4
+
+
+@records
+def test_a_norm_of_few_rows_is_one_launch_and_does_the_mean_above_it():
+    """980 rows of five samples are few enough; the means are nobody else's."""
+    found = launches.record(WORKLOADS["omniglot-conv-1"])
+    norms = [x for x in found if x.operation.startswith("batch_norm")]
+    assert len(norms) == 4 * (2 + 2 + 1 + 1)
+    assert not any("pool" in x.operation for x in found)
+
+
 @records
 def test_first_norms_are_mapped_in_the_convolution_below():
     """In five steps and on the query samples; the norm is left with its sums."""

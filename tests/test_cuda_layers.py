@@ -45,15 +45,20 @@ def activation(kind, function, alpha=0.0, **options):
     )
 
 
-def batch_norm(height, width, channels, *, w=True, b=True, relu=False, **options):
+def batch_norm(
+    height, width, channels, *, w=True, b=True, relu=False, mean=False, **options
+):
     def function(x, scale, shift):
         y = _affine(_normalized(x, (0, 1, 2)), scale, shift)
-        return y.relu() if relu else y
+        y = y.relu() if relu else y
+        return y.mean((1, 2), keepdim=True) if mean else y
 
     shape = (height, width, channels)
+    out = (1, 1, channels) if mean else shape
     counts = {"weight": w * channels, "bias": b * channels}
+    options = {"name": "mean"} | options if mean else options
     return Layer(
-        "batch_norm", shape, function, shape, relu=relu, eps=EPS, **counts, **options
+        "batch_norm", shape, function, out, relu=relu, eps=EPS, **counts, **options
     )
 
 
@@ -137,7 +142,8 @@ ACTIVATIONS = [
     *(activation("tanh", torch.tanh, shape=(1, 1, n), samples=1) for n in (1, 2, 4, 5)),
     activation("silu", F.silu, shape=(4, 4, 33), samples=5, tasks=3),
 ]
-# Around packs, lanes and blocks: 512 rows are one launch, 128 a part, 16 parts a chunk.
+# Around packs, lanes and blocks: 1024 rows are one launch, of 512 threads for 256 packs
+# or more; 128 are a part, 16 parts a chunk.
 NORMS = [
     batch_norm(1, 1, 1, samples=3, name="one"),
     batch_norm(1, 1, 5, samples=9, relu=True),
@@ -149,8 +155,13 @@ NORMS = [
     batch_norm(16, 16, 4, samples=2, relu=True),
     batch_norm(19, 27, 4, samples=1, relu=True),
     batch_norm(16, 17, 36, samples=3, relu=True),
-    batch_norm(16, 16, 132, samples=3, tasks=1),
+    batch_norm(16, 16, 132, samples=4, tasks=1),
+    batch_norm(25, 41, 4, samples=1, relu=True),
+    batch_norm(18, 20, 36, samples=3, relu=True),
     batch_norm(40, 41, 3, samples=3, relu=True, tasks=1),
+    batch_norm(2, 2, 8, samples=5, relu=True, mean=True),
+    batch_norm(3, 5, 7, w=False, mean=True),
+    batch_norm(19, 19, 4, relu=True, mean=True),
     batch_norm_pool(4, 4, 8, (2, 2)),
     batch_norm_pool(5, 7, 4, (2, 2), samples=4, tasks=3),
     batch_norm_pool(5, 7, 3, (2, 2), relu=False, samples=4),
@@ -161,6 +172,8 @@ NORMS = [
     batch_norm_pool(4, 4, 20, (2, 2), samples=3, shared=True),
     batch_norm_pool(15, 23, 4, (2, 2), samples=2, tasks=1),
     batch_norm_pool(21, 23, 40, (2, 2), samples=2, tasks=1),
+    batch_norm_pool(21, 25, 8, (2, 2), samples=2),
+    batch_norm_pool(23, 23, 40, (2, 2), samples=2, tasks=1),
     layer_norm(1, 1, 1, samples=2),
     layer_norm(1, 1, 7, samples=5, tasks=3),
     layer_norm(1, 1, 300, samples=3, w=False),
@@ -288,7 +301,7 @@ def test_a_null_output_is_not_computed(driver, layer, null):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("rows", [3, 900])
+@pytest.mark.parametrize("rows", [3, 900, 1100])
 def test_batch_norm_of_far_away_data_keeps_its_variance(driver, rows, relu):
     layer = batch_norm(1, 1, 4, samples=rows, relu=relu)
     values = emulated.random_inputs(layer)

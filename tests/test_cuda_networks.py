@@ -44,6 +44,7 @@ both_dtypes = pytest.mark.parametrize(
 every_problem = pytest.mark.parametrize("problem", QUICK, ids=str)
 SOME = [
     *("linear-9to15", "batch-norm-space-33", "batch-norm-pool-2x2-of-17"),
+    *("batch-norm-mean-8", "batch-norm-mean-many"),
     *("conv-norm-pool-even-many", "conv-norm-pool-even-1to40"),
     *("layer-norm-space", "max-pool-3-s2-p1-overlap", "activation-gelu"),
     *("append-parameter", "cross-entropy-5-n5-sum_over_ways", "policy"),

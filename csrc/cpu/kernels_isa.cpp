@@ -156,6 +156,7 @@ constexpr Backend<S> table() {
       false,
       true,
       false,
+      false,
       task_slots,
       for_each_task,
       for_each_range};

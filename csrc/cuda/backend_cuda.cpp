@@ -66,6 +66,7 @@ Backend<S> table() {
       true,
       false,
       true,
+      true,
       task_slots,
       for_each_task<S>,
       for_each_range};

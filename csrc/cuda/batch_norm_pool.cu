@@ -61,7 +61,7 @@ struct CellSweep {
     cell.in = ((index_t(n) * p.height + h * kh) * p.width + w * kw) * p.channels +
               task * p.first_stride + c;
     const index_t out = ((index_t(n) * p.windows[0] + h) * p.windows[1] + w) * p.channels + c;
-    cell.out = out + task * p.rows.out_stride;
+    cell.out = out + task * p.rows.dy_stride;
     cell.kept = out + task * p.saved_stride;
     return cell;
   }
@@ -185,7 +185,7 @@ void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exe
     p.cells[axis] = int(divide_up(size, d.window.kernel[axis]));
     cells *= p.cells[axis];
   }
-  p.rows = {p.winners, a.tx ? p.twinners : nullptr, a.dy, a.tdy, out, saved, outputs};
+  p.rows = {p.winners, a.tx ? p.twinners : nullptr, a.dy, a.tdy, out, saved, outputs, outputs};
   const index_t pixels = a.samples * d.in.pixels(), rows = a.samples * d.out.pixels();
   p.sum_items = int(kSumsCells ? cells : rows);
   p.map_items = int(kSumsCells ? rows : cells);
@@ -194,7 +194,7 @@ void run(const char* name, const LayerArgs<S>& a, S* out, S* dw, const Exec& exe
   const bool square = p.kernel[0] == 2 && p.kernel[1] == 2;
   const auto go = [&](auto wide, auto narrow) {
     run_norm(name, wide, narrow, p, a.tasks, kSumsCells ? pixels : rows, kSumsCells ? rows : pixels,
-             packs, exec);
+             packs, kNormThreads, exec);
   };
   if (square) {
     go(batch_norm_pool_kernel<S, kPack<S>, P, 2>, batch_norm_pool_kernel<S, 1, P, 2>);

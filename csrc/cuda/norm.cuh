@@ -31,7 +31,8 @@ template <class S>
 struct NormRows {
   const S *x = nullptr, *tx = nullptr, *dy = nullptr, *tdy = nullptr;
   S* out = nullptr;
-  index_t x_stride = 0, out_stride = 0;  // of x and tx; of dy, tdy and out
+  index_t x_stride = 0, dy_stride = 0, out_stride = 0;  // of x and tx; of dy and tdy
+  int pixels = 1;  // of an image, where the outputs are means over images
 };
 
 template <class S>
@@ -178,14 +179,15 @@ FM_DEVICE void scaled_adjoint(const Channel<S>& k, S x, S dy, S tdy, S& h, S& th
   }
 }
 
-// Sweeps over rows. `item` is a row of the task.
-template <class S, int W, NormPass P>
+// Sweeps over rows. `item` is a row of the task. With `Mean`, outputs and their adjoints are of
+// means over images, and where outputs are mapped an item is a sample.
+template <class S, int W, NormPass P, bool Mean = false>
 struct RowSweep {
   static constexpr bool kAdjoint = P == NormPass::backward || P == NormPass::tangent_backward;
   static constexpr bool kTangent =
       P == NormPass::tangent_forward || P == NormPass::tangent_backward;
   const NormParams<S>& p;
-  index_t in, out;  // offsets of the channel: of x and tx, and of dy, tdy and the result
+  index_t in, dy, out;  // offsets of the channel: of x and tx, of dy and tdy, of the result
   const ChannelTable<S>& table;
   int channel;  // of the table
 
@@ -193,36 +195,57 @@ struct RowSweep {
                      int i)
       : p(params), table(t), channel(i) {
     in = task * p.rows.x_stride + c;
+    dy = task * p.rows.dy_stride + c;
     out = task * p.rows.out_stride + c;
   }
+  FM_DEVICE S share() const { return S(1) / S(p.rows.pixels); }
 
   struct Point {
     Pack<S, W> x, tx{}, dy{}, tdy{};
   };
-  FM_DEVICE Point at(index_t i) const {
+  FM_DEVICE Point at(int item) const {
+    const index_t i = in + index_t(item) * p.channels;
     Point v;
-    v.x = load<W>(p.rows.x + in + i);
-    if constexpr (kTangent) v.tx = load_or_zero<W>(p.rows.tx, in + i);
-    if constexpr (kAdjoint) v.dy = load<W>(p.rows.dy + out + i);
-    if constexpr (P == NormPass::tangent_backward) v.tdy = load<W>(p.rows.tdy + out + i);
+    v.x = load<W>(p.rows.x + i);
+    if constexpr (kTangent) v.tx = load_or_zero<W>(p.rows.tx, i);
+    if constexpr (kAdjoint) v.dy = adjoint(p.rows.dy, item);
+    if constexpr (P == NormPass::tangent_backward) v.tdy = adjoint(p.rows.tdy, item);
+    return v;
+  }
+  FM_DEVICE Pack<S, W> adjoint(const S* of, int item) const {
+    const int row = Mean ? int(unsigned(item) / unsigned(p.rows.pixels)) : item;
+    Pack<S, W> v = load<W>(of + dy + index_t(row) * p.channels);
+    if constexpr (Mean) {
+      FM_UNROLL
+      for (int w = 0; w < W; ++w) v.at[w] *= share();
+    }
     return v;
   }
 
   FM_DEVICE void sum(int item, S (&sum1)[W], S (&sum2)[W]) const {
-    const Point v = at(index_t(item) * p.channels);
+    const Point v = at(item);
     table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
       add_terms<P>(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w], sum1[w], sum2[w]);
     });
   }
 
   FM_DEVICE void map(int item) const {
-    const index_t i = index_t(item) * p.channels;
-    const Point v = at(i);
-    Pack<S, W> result;
-    table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
-      result.at[w] = element(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
-    });
-    store(p.rows.out + out + i, result);
+    constexpr bool kSums = Mean && !kAdjoint;
+    const int each = kSums ? p.rows.pixels : 1;
+    Pack<S, W> result{};
+    FM_NO_UNROLL
+    for (int i = item * each; i < (item + 1) * each; ++i) {
+      const Point v = at(i);
+      table.template for_each<W>(channel, [&](int w, const Channel<S>& k) {
+        const S one = element(k, v.x.at[w], v.tx.at[w], v.dy.at[w], v.tdy.at[w]);
+        result.at[w] = kSums ? result.at[w] + one : one;
+      });
+    }
+    if constexpr (kSums) {
+      FM_UNROLL
+      for (int w = 0; w < W; ++w) result.at[w] *= share();
+    }
+    store(p.rows.out + out + index_t(item) * p.channels, result);
   }
 
   FM_DEVICE static S element(const Channel<S>& k, S x, S tx, S dy, S tdy) {

@@ -24,7 +24,9 @@ template <class S>
 LayerArgs<S> Network<S>::adjoint_args(size_t l, Params theta, const Batch<S>& batch,
                                       const Tape<S>& tape, const S* dz,
                                       const Tangent<S>* room) const {
-  const auto adjoint = [&](size_t m) { return room ? room->tdx(m) : tape.dx(m); };
+  const auto adjoint = [&](size_t m) {
+    return room ? room->tdx(adjoint_place(m)) : tape.dx(adjoint_place(m));
+  };
   LayerArgs<S> a = args(l, theta, batch, tape);
   a.dy = l + 1 < depth() ? adjoint(l + 1) : dz;
   a.dx = l > first() && !a.swept_below && !folds(l - 1) ? adjoint(l) : nullptr;
@@ -36,7 +38,7 @@ LayerArgs<S> Network<S>::tangent_args(size_t l, Params theta, Params tw, const B
                                       const Tape<S>& tape, const Tangent<S>& tangent,
                                       const std::uint8_t* still) const {
   LayerArgs<S> a = args(l, theta, batch, tape);
-  a.dy = l + 1 < depth() ? tape.dx(l + 1) : tape.dz();
+  a.dy = l + 1 < depth() ? tape.dx(adjoint_place(l + 1)) : tape.dz();
   if (!still || !still[l]) {
     a.tw = tw.data + place(*a.desc);
     if (a.w_factors) a.tw_factors = &tw.factors[l];
@@ -44,8 +46,8 @@ LayerArgs<S> Network<S>::tangent_args(size_t l, Params theta, Params tw, const B
   a.tw_stride = tw.stride;
   a.tx = l > first() ? tangent.ty(l - 1) : nullptr;
   a.ty = tangent.ty(l);
-  a.tdy = l + 1 < depth() ? tangent.tdx(l + 1) : tangent.tdz();
-  a.tdx = l > first() && !a.swept_below ? tangent.tdx(l) : nullptr;
+  a.tdy = l + 1 < depth() ? tangent.tdx(adjoint_place(l + 1)) : tangent.tdz();
+  a.tdx = l > first() && !a.swept_below ? tangent.tdx(adjoint_place(l)) : nullptr;
   return a;
 }
 

@@ -149,12 +149,21 @@ class Network {
   bool in_strips(size_t l) const { return backend_.strips && program_.layers()[l].strip_rows > 0; }
   // Whether layer l maps, in backward passes, the adjoint of the norm above it.
   bool folds(size_t l) const { return backend_.folds && program_.layers()[l].folds_norm; }
-  // body(args_of(l)), with those of the norm above if layer l works on that too: in strips or, with
-  // `adjoints`, where it folds.
+  // Whether layer l is a batch norm that does the layer above it, a mean over images.
+  bool averages(size_t l) const {
+    return backend_.averages && program_.layers()[l].kind == LayerKind::batch_norm &&
+           l + 1 < depth() && program_.layers()[l + 1].image_mean();
+  }
+  // The layer in whose place the adjoint of layer l's input lies: that of a mean which the norm
+  // below does, since that norm's own may take turns with the adjoint that it reads.
+  size_t adjoint_place(size_t l) const { return l > 1 && averages(l - 2) ? l - 1 : l; }
+  // body(args_of(l)), with those of the layer above if layer l works on that too: in strips, where
+  // it averages or, with `adjoints`, where it folds. Not called where the layer below does all.
   template <class ArgsOf, class Body>
   void with_above(size_t l, const ArgsOf& args_of, const Body& body, bool adjoints = false) const {
+    if (l > 0 && averages(l - 1)) return;
     LayerArgs<S> a = args_of(l);
-    if (!in_strips(l) && !(adjoints && folds(l))) return body(a);
+    if (!in_strips(l) && !averages(l) && !(adjoints && folds(l))) return body(a);
     const LayerArgs<S> above = args_of(l + 1);
     a.above = &above;
     body(a);

@@ -242,8 +242,9 @@ struct Backend {
   bool host_memory;   // its memory is the host's, and operations are done when they return
   bool tensor_cores;  // knows precisions other than float32
   bool updates;       // all layers take LayerArgs::dw_base and what belongs to it, not dense alone
-  bool strips;  // sweeps a batch norm's pixels in the convolution below, LayerDesc::strip_rows
-  bool folds;   // maps the adjoint of its input in the convolution below, LayerDesc::folds_norm
+  bool strips;    // sweeps a batch norm's pixels in the convolution below, LayerDesc::strip_rows
+  bool folds;     // maps the adjoint of its input in the convolution below, LayerDesc::folds_norm
+  bool averages;  // does a mean over images in the batch norm below it
   // Tasks that are in work at the same time at most, each in a workspace slot of its own; a backend
   // in lockstep has one slot for all.
   index_t (*slots)(index_t tasks);

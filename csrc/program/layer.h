@@ -69,6 +69,11 @@ struct LayerDesc {
   bool folds_norm = false;
 
   index_t segments() const { return (has_weight ? 1 : 0) + (has_bias ? 1 : 0); }
+  // A mean over all pixels of an image.
+  bool image_mean() const {
+    return kind == LayerKind::average_pool && window.kernel[0] == in.height &&
+           window.kernel[1] == in.width && window.padding[0] + window.padding[1] == 0;
+  }
   // A matrix product per sample or pixel: Linear, and convolutions of single pixels.
   bool dense() const {
     return kind == LayerKind::bilinear && window.kernel[0] * window.kernel[1] == 1 &&
@@ -116,8 +121,8 @@ struct LayerArgs {
   // tw, dw and tdw are its bias alone.
   const Factors<S>*w_factors = nullptr, *tw_factors = nullptr;
   // Of a convolution that works in strips, and in backward passes of one that folds, the arguments
-  // of the norm above it; and of the norm above strips, that the convolution has swept, or will
-  // sweep, its unpooled pixels.
+  // of the norm above it; of a batch norm that does a mean over images, those of that; and of the
+  // norm above strips, that the convolution has swept, or will sweep, its unpooled pixels.
   const LayerArgs* above = nullptr;
   bool swept_below = false;
 };

@@ -142,6 +142,18 @@ int layer_pass(const Layer* l, const Buffers* b, index_t pass) {
     a.tdx = out(b->tdx);
     a.tdw = out(b->tdw);
     a.saved = out(b->saved);
+    // a norm with an output of fewer pixels does a mean over images as well
+    LayerDesc pool;
+    pool.kind = LayerKind::average_pool;
+    pool.in = d.in;
+    pool.out = d.out;
+    LayerArgs<S> mean = a;
+    mean.desc = &pool;
+    if (d.kind == LayerKind::batch_norm && d.out.pixels() != d.in.pixels()) {
+      a.above = &mean;
+      a.dy = a.tdy = nullptr;
+      a.y = a.ty = nullptr;
+    }
     Exec exec;
     exec.scratch = b->scratch;
     const LayerOps<S> ops = ops_of<S>(d.kind);
