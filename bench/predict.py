@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ RESERVED = 1 << 10  # that each block loses to the system
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor
 MOST = 255  # registers of a thread whose kernel is not among the compiled
 PRODUCT = "bilinear_kernel"  # one family in a file per form
+PASSES = ("forward", "backward", "tangent_forward", "tangent_backward")
 FORMS = {f: f"bilinear_{f}.cu" for f in ("outputs", "inputs", "weights")}
 
 SMALL = ("sinusoid-1", "sinusoid-5")  # tasks fit a block's shared memory
@@ -123,11 +125,13 @@ def seconds(launch: Launch, registers: int, on: Machine) -> float:
 def registers_of(launch: Launch, kernels: Iterable[Mapping[str, Any]]) -> int:
     """The most registers of a float32 instance of a kernel on ``ARCH``.
 
-    A recording knows kernels by name only, so the greediest instance stands for all.
+    A recording knows kernels by name only, so the greediest instance stands for all; of
+    a norm, that of the pass, which is its third template argument.
     """
     file = FORMS.get(launch.form) if launch.kernel == PRODUCT else None
     family, _, name = launch.kernel.partition(" ")  # "batch_norm backward", a pass
     family += "_kernel" if name else ""
+    number = str(PASSES.index(name)) if name else ""
     found = [
         k["registers"]
         for k in kernels
@@ -135,6 +139,7 @@ def registers_of(launch: Launch, kernels: Iterable[Mapping[str, Any]]) -> int:
         and k["name"].partition("<")[0] == family
         and "double" not in k["name"]
         and file in (None, k["file"])
+        and (not number or re.split("[<,> ]+", k["name"])[3] == number)
     ]
     return max(found, default=MOST)
 

@@ -111,6 +111,26 @@ def test_registers_are_those_of_the_greediest_instance():
     assert predict.registers_of(replace(FULL, kernel="other"), compiled) == 255
 
 
+def test_registers_of_a_norm_are_those_of_its_pass():
+    compiled = [
+        {
+            "name": f"norm_kernel<float, 4, {i}, {last}>",
+            "registers": 40 + 10 * i + (last == "2"),
+            "arch": "sm_90",
+            "file": "norm.cu",
+        }
+        for i in range(4)
+        for last in "02"
+    ]
+    for name, registers in (
+        ("forward", 41),
+        ("backward", 51),
+        ("tangent_backward", 71),
+    ):
+        launch = replace(FULL, kernel=f"norm {name}")
+        assert predict.registers_of(launch, compiled) == registers
+
+
 # -- counting -----------------------------------------------------------------------
 
 
