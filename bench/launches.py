@@ -54,6 +54,7 @@ class Launch:
         bytes: read and written.
         flops: of matrix products.
         unit: that multiplies: ``fp32`` or ``3xtf32``.
+        loads: packs that a thread asks memory for before it needs the first.
     """
 
     kernel: str
@@ -65,6 +66,7 @@ class Launch:
     bytes: int
     flops: int
     unit: str = SCALAR
+    loads: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,19 @@ def _plain(what: str, kind: str, f: Facts) -> int:
     return of_x * x + of_y * y + f["tasks"] * (f["saved"] + f["parameters"])
 
 
+# Packs of a row (RowSweep::at, norm.cuh) or a pixel (CellSweep, batch_norm_pool.cu).
+_LOADS = {
+    "batch_norm": (1, 2, 2, 4),
+    "batch_norm_pool": (1, 1, 2, 2),
+}
+
+
+def loads(operation: Operation) -> int:
+    """``Launch.loads`` of an operation's kernels."""
+    what, kind, _ = operation
+    return dict(zip(_PASSES, _LOADS[what], strict=True))[kind] if what in _LOADS else 1
+
+
 def shares(operation: Operation) -> list[Share]:
     """What the launches of an operation do, in their order."""
     what, kind, f = operation
@@ -210,9 +225,11 @@ def counted(
                 Share("", whole.bytes // FLOAT, whole.flops),
             )
             parts = [all_of_it if _name(k[1]) == RESIDENT else nothing for k in kernels]
+            packs = 1
         else:
             label = " ".join(operations[index][:2])
             parts = _spread(shares(operations[index]), kernels)
+            packs = loads(operations[index])
         for (_, kernel, grid, block, shared), share in zip(kernels, parts, strict=True):
             launches.append(
                 Launch(
@@ -225,6 +242,7 @@ def counted(
                     bytes=FLOAT * share.elements,
                     flops=share.flops,
                     unit=share.unit,
+                    loads=packs,
                 )
             )
     return launches

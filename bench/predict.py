@@ -57,7 +57,8 @@ class Machine:
     mma.sync, which on this chip reaches 63% of what wgmma does (Luo et al. 2024,
     arXiv 2402.13499, mean over types). 132 multiprocessors. The others are
     assumptions from common experience: a dependent launch inside a graph takes 2 to
-    3 µs, memory answers after 0.6 µs, a thread has 16 bytes on their way, and a step of
+    3 µs, memory answers after 0.6 µs, a thread has 16 bytes on their way
+    of each tensor that it loads from at once, and a step of
     a block that is all in shared memory (small product, barrier) takes 0.4 µs.
 
     Attributes:
@@ -68,7 +69,7 @@ class Machine:
         multiprocessors: of the chip.
         overhead: seconds of a launch that waits for the one before, replayed.
         latency: seconds of memory.
-        in_flight: bytes that a thread has on their way.
+        in_flight: bytes that a thread has on their way, of a tensor.
         phase: seconds of a step between barriers in a kernel that does whole tasks.
     """
 
@@ -100,7 +101,7 @@ def parts(launch: Launch, registers: int, on: Machine) -> dict[str, float]:
     """Seconds of a launch by memory, arithmetic and overhead."""
     resident = resident_blocks(launch, registers)
     at_once = min(launch.blocks, resident * on.multiprocessors)
-    on_their_way = launch.block * on.in_flight
+    on_their_way = launch.block * launch.loads * on.in_flight
     if launch.form:
         on_their_way = max(on_their_way, launch.shared // 2)
     bandwidth = min(on.bandwidth, at_once * on_their_way / on.latency)

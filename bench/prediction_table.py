@@ -108,7 +108,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"float32; {on['multiprocessors']} multiprocessors; "
         f"{1e6 * on['overhead']:g} µs for a dependent launch of a replayed graph; "
         f"{1e6 * on['latency']:g} µs until memory answers, {on['in_flight']} bytes of "
-        "a thread on their way, of products half of their shared memory.",
+        "a thread and tensor on their way, of products half of their shared memory.",
         "",
         "Memory's and arithmetic's milliseconds add up over launches whichever is "
         "larger, so the meta-gradient's are between their sum and their maximum, with "

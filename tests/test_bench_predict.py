@@ -42,6 +42,8 @@ def test_a_launch_by_hand():
     assert predict.seconds(FULL, 32, ROUND) == pytest.approx(2e-6 + memory)
     wide = replace(ROUND, in_flight=64)  # 1.3 MB in 1 µs: memory itself is the bound
     assert predict.seconds(FULL, 32, wide) == pytest.approx(2e-6 + 2e-6)
+    both = replace(FULL, loads=2)
+    assert predict.parts(both, 32, ROUND)["memory"] == pytest.approx(memory / 2)
     busy = replace(FULL, flops=100_000_000)  # 10 µs at 10 TFLOP/s
     assert predict.seconds(busy, 32, ROUND) == pytest.approx(2e-6 + 1e-5)
     split = replace(busy, unit="3xtf32")  # 40 * 0.75 / 3 = 10 TFLOP/s
@@ -192,11 +194,25 @@ def test_a_norm_that_does_the_mean_above_it_by_hand():
     assert backward.elements == 2 * 48 + 12 + 4
 
 
+@pytest.mark.parametrize(
+    ("operation", "packs"),
+    [
+        ("batch_norm forward", 1),
+        ("batch_norm tangent_backward", 4),
+        ("batch_norm_pool tangent_forward", 2),
+        ("relu backward", 1),
+    ],
+)
+def test_passes_of_norms_load_from_several_tensors_at_once(operation, packs):
+    assert launches.loads((*operation.split(), {})) == packs
+
+
 @records
 def test_a_norm_of_few_rows_is_one_launch_and_does_the_mean_above_it():
     """980 rows of five samples are few enough; the means are nobody else's."""
     found = launches.record(WORKLOADS["omniglot-conv-1"])
     norms = [x for x in found if x.operation.startswith("batch_norm")]
+    assert {x.loads for x in norms} == {1, 2, 4}
     assert len(norms) == 4 * (2 + 2 + 1 + 1)
     assert not any("pool" in x.operation for x in found)
 
