@@ -25,6 +25,12 @@ NAMES = ["cpu", "cpu_lockstep", "cuda_emulated", "cuda"]
 # cpu_lockstep gives the bits of cpu, in all calls: test_native_lockstep.py.
 EVERY = ["cpu", "cuda_emulated", "cuda"]
 ONLY = os.environ.get("FASTMAML_TEST_BACKENDS", "").split()  # all, if there are none
+# Problems that take seconds a pass in emulation, or minutes under a sanitizer.
+SLOW = (
+    "mini-imagenet-conv",
+    "conv-32to64-k3x3-s1x1-p2x2-no-bias",
+    "conv-64to65-k3x3-s1x1-p1x1",
+)
 on_every_backend = pytest.mark.usefixtures("backend")
 _current = "cpu"
 
@@ -75,6 +81,12 @@ def cpu_alone() -> None:
     """Skips what is about the CPU's threads, instruction sets or chunks."""
     if _current != "cpu":
         pytest.skip("about the CPU's own way to run tasks")
+
+
+def quick_alone(problem: str) -> None:
+    """Skips one of `SLOW` in emulation, where tests of single passes must suffice."""
+    if _current == "cuda_emulated" and problem in SLOW:
+        pytest.skip("too slow in emulation, whose single passes are tested")
 
 
 def device_of(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import backends
 import pytest
+from problems import BY_NAME
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
@@ -44,3 +45,12 @@ def test_where_no_backend_can_run_the_reason_is_told(monkeypatch):
     (found,) = backends.usable(["cuda"])
     assert found.values == ("cuda",)
     assert found.marks[0].kwargs == {"reason": "no cuda here"}
+
+
+def test_slow_problems_are_left_to_single_passes_in_emulation_alone(monkeypatch):
+    assert set(backends.SLOW) <= set(BY_NAME)
+    backends.quick_alone(backends.SLOW[0])
+    monkeypatch.setattr(backends, "_current", "cuda_emulated")
+    backends.quick_alone("linear-9to15")
+    with pytest.raises(pytest.skip.Exception):
+        backends.quick_alone(backends.SLOW[0])

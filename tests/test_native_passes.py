@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import on_every_backend
+from backends import on_every_backend, quick_alone
 from close import assert_close
 from native_cases import (
     DTYPES,
@@ -78,6 +78,7 @@ def test_curvature_product(problem, dtype, product):
 @both_dtypes
 @every_problem
 def test_adapt(problem, dtype, own):
+    quick_alone(problem.name)
     c = case(problem)
     tasks = c.tasks.to(dtype=dtype)
     params = cast(c.own if own else c.params, dtype)
@@ -113,6 +114,7 @@ def test_shared_parameters_are_the_same_for_every_task(problem, product, dtype):
 @both_dtypes
 @every_problem
 def test_evaluation_after_every_step(problem, dtype):
+    quick_alone(problem.name)
     c = case(problem)
     engine, tasks = native(c), c.tasks.to(dtype=dtype)
     params = cast(c.params, dtype)
