@@ -128,9 +128,11 @@ def test_chunked_networks(problem):
     c = case(problem)
     engine = native(c, backend=BACKEND)
     x, y = c.tasks.support_x, c.tasks.support_y
-    want = passes_wanted(problem)["gradient"]
+    want = passes_wanted(problem)
     got = engine.value_and_grad(c.own, x, y)[1]
-    assert_close(got, want, "float64 pass", problem.name)
+    assert_close(got, want["gradient"], "float64 pass", problem.name)
+    got = engine.hvp(c.own, x, y, c.vector)
+    assert_close(got, want["hvp"], "float64 product", problem.name)
 
 
 @both_dtypes
