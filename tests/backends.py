@@ -1,9 +1,9 @@
 """Backends of the native engine, and the fixture that runs a module's tests on each.
 
 A module with ``pytestmark = on_every_backend`` (and the fixture imported by conftest)
-goes through all that this build has; those that it has not are skipped, with the
-reason. Tests keep their tensors on the CPU: an engine on a GPU is wrapped, so that what
-it is given moves there, and what it gives moves back.
+goes through those of `EVERY` that this build has; test_backends.py says why others are
+missing. Tests keep their tensors on the CPU: an engine on a GPU is wrapped, so that
+what it is given moves there, and what it gives moves back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from fastmaml import _native
 from fastmaml.engines.placement import missing
 
 NAMES = ["cpu", "cpu_lockstep", "cuda_emulated", "cuda"]
+# cpu_lockstep gives the bits of cpu, in all calls: test_native_lockstep.py.
+EVERY = ["cpu", "cuda_emulated", "cuda"]
 ONLY = os.environ.get("FASTMAML_TEST_BACKENDS", "").split()  # all, if there are none
+# Problems that take seconds a pass in emulation, or minutes under a sanitizer.
+SLOW = (
+    "mini-imagenet-conv",
+    "conv-32to64-k3x3-s1x1-p2x2-no-bias",
+    "conv-64to65-k3x3-s1x1-p1x1",
+)
 on_every_backend = pytest.mark.usefixtures("backend")
 _current = "cpu"
 
@@ -35,14 +43,19 @@ def why_not(name: str) -> str | None:
     return reason
 
 
-def usable(names: list[str] = NAMES) -> list[Any]:
-    """Parameters for pytest: the names, those that can't run here marked to skip.
+def usable(names: list[str] = EVERY) -> list[Any]:
+    """Parameters for pytest: the names that can run here.
 
+    If none can, all of them are there, marked to skip with the reason.
     FASTMAML_TEST_BACKENDS, names between spaces, leaves the others out.
     """
     names = [n for n in names if not ONLY or n in ONLY]
-    marks = {n: [pytest.mark.skip(reason=r)] for n in names if (r := why_not(n))}
-    return [pytest.param(n, marks=marks.get(n, [])) for n in names]
+    reasons = {n: why_not(n) for n in names}
+    if None in reasons.values():
+        return [pytest.param(n) for n, reason in reasons.items() if reason is None]
+    return [
+        pytest.param(n, marks=pytest.mark.skip(reason=str(reasons[n]))) for n in names
+    ]
 
 
 @pytest.fixture(scope="module", params=usable())
@@ -68,6 +81,12 @@ def cpu_alone() -> None:
     """Skips what is about the CPU's threads, instruction sets or chunks."""
     if _current != "cpu":
         pytest.skip("about the CPU's own way to run tasks")
+
+
+def quick_alone(problem: str) -> None:
+    """Skips one of `SLOW` in emulation, where tests of single passes must suffice."""
+    if _current == "cuda_emulated" and problem in SLOW:
+        pytest.skip("too slow in emulation, whose single passes are tested")
 
 
 def device_of(name: str) -> str:

@@ -1,7 +1,8 @@
-"""The report on compiled CUDA kernels finds spills and warnings, in planted kernels."""
+"""Reports on CUDA kernels and strict builds find spills and warnings, planted ones."""
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,6 +90,50 @@ def test_a_warning_fails_the_check(report_on):
     status, said = report_on(WARNS, "--check")
     assert status == 1
     assert 'variable "unused" was declared but never referenced' in said
+
+
+LOCAL = """
+__global__ void indexing_kernel(const int* in, int* out) {
+  int v[16];
+  for (int i = 0; i < 16; ++i) v[i] = in[i];
+  for (int i = 0; i < in[0]; ++i) ++v[in[i]];
+  out[0] = v[in[1]];
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.skipif(not shutil.which("ninja"), reason="ninja is not on PATH")
+def test_a_strict_build_stops_at_warnings_and_spills(tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    for name in ("CMakeLists.txt", "csrc/cuda/build.cmake", "csrc/cuda/compiler.cmake"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    planted = {
+        **{"sound": SOUND, "spills": SPILLS, "warns": WARNS},
+        **{"local": LOCAL, "bilinear_local": LOCAL},
+    }
+    empty = ("common/engine.cpp", "cpu/kernels_isa.cpp", "bind/module.cpp")
+    texts = {f"cuda/{name}.cu": text for name, text in planted.items()}
+    for name, text in {**dict.fromkeys(empty, ""), **texts}.items():
+        (tmp_path / "csrc" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(text)
+    knobs = {"FASTMAML_CUDA": "ON", "FASTMAML_CUDA_ARCHS": "90-real"}
+    knobs |= {"FASTMAML_STRICT": "ON", "pybind11_DIR": pybind11.get_cmake_dir()}
+    options = [f"-D{name}={value}" for name, value in knobs.items()]
+    cmake, build = ["cmake", "-G", "Ninja", *options, str(tmp_path)], tmp_path / "build"
+    build.mkdir()
+    subprocess.run(cmake, cwd=build, capture_output=True, check=True)
+    ninja = ["ninja", "-k0", *(f"CMakeFiles/fm_cuda.dir/csrc/{n}.o" for n in texts)]
+    said = subprocess.run(ninja, cwd=build, capture_output=True, text=True).stdout
+    for told in (
+        "Registers are spilled to local memory in function '_Z15spilling_kernel",
+        'variable "unused" was declared but never referenced',
+        "Local memory used for function '_Z15indexing_kernel",
+    ):
+        assert told in said, said
+    objects = {path.name.partition(".")[0] for path in build.rglob("*.cu.o")}
+    assert objects == {"sound", "local"}
 
 
 def test_without_nvcc_it_says_so(report_on, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import fastmaml, start, train
+from command import inside, start, train
 
 from fastmaml.train import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from fastmaml.train.checkpoint import random_state, set_random_state
@@ -164,7 +164,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(
     elif experiment == "navigation":
         cadence = ("--validate-every", 9, "--checkpoint-every", 4, *options)
     words = ("--iterations", iterations, *cadence, *QUIET)
-    done = fastmaml(*train(experiment, straight, *words), cwd=tmp_path)
+    done = inside(*train(experiment, straight, *words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     command = train(experiment, broken, *words)
     for iteration in killed_at:
@@ -174,7 +174,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
         command = ["train", experiment, "--resume", broken]
-    done = fastmaml(*command, cwd=tmp_path)
+    done = inside(*command, cwd=tmp_path)  # a process that has drawn other numbers
     assert done.returncode == 0, done.stderr
     _assert_same_run(straight, broken)
 
@@ -182,14 +182,13 @@ def test_killed_and_resumed_ends_in_the_same_bits(
 def test_resume_drops_rows_after_the_checkpoint_and_half_a_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--log-every", 5, "--checkpoint-every", 20, *QUIET)
-    fastmaml(*train("sinusoid", run, "--iterations", 40, *words), cwd=tmp_path)
+    inside(*train("sinusoid", run, "--iterations", 40, *words), cwd=tmp_path)
     rows = _comparable(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "train", "iteration": 45, "loss": 1.0}) + "\n")
         file.write('{"kind": "train", "iter')
-    more = fastmaml(
-        *("train", "sinusoid", "--resume", run, "--iterations", 50), cwd=tmp_path
-    )
+    words = ("train", "sinusoid", "--resume", run, "--iterations", 50)
+    more = inside(*words, cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     after = _comparable(run)
     assert after[: len(rows)] == rows

@@ -150,7 +150,7 @@ def test_ctrl_c_saves_exits_with_130_and_says_how_to_resume(
     stopped = load_checkpoint(run / "last.pt").iteration
     assert stopped >= 5 and f"after iteration {stopped:,}" in out
     more = ("train", "sinusoid", "--resume", run, "--iterations", stopped + 5)
-    done = fastmaml(*more, cwd=tmp_path)
+    done = inside(*more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(run / "last.pt").iteration == stopped + 5
 
@@ -158,7 +158,7 @@ def test_ctrl_c_saves_exits_with_130_and_says_how_to_resume(
 def test_divergence_is_one_line_with_the_last_good_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--iterations", 500, "--meta-lr", 1e30, "--checkpoint-every", 1000)
-    done = fastmaml(*train("sinusoid", run, *words), cwd=tmp_path)
+    done = inside(*train("sinusoid", run, *words), cwd=tmp_path)
     assert done.returncode == 2
     assert "training diverged at iteration" in done.stderr
     assert f"{run / 'last.pt'} (iteration 0)" in done.stderr

@@ -6,9 +6,7 @@ depends on the shapes, and tiles on the number of tasks.
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
 from dataclasses import replace
 
 import emulated_bilinear as emulated
@@ -291,24 +289,3 @@ def test_images_that_offsets_cannot_reach(library):
     layer = Layer(1, 1, samples=1, tasks=1, height=1, width=20000)
     with pytest.raises(RuntimeError, match="up to 16384 pixels .* got 1 x 20000"):
         emulated.run(library, layer, emulated.values_of(layer), Options())
-
-
-# -- what a GPU's compiler says --------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    "name", ["", "_outputs", "_inputs", "_weights", "_pooled", "_adjoints"]
-)
-def test_nvcc_neither_warns_nor_spills(tmp_path, name):
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall"]
-    for arch in (80, 90):
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    source = emulated.ROOT / "csrc" / "cuda" / f"bilinear{name}.cu"
-    command += [f"-I{emulated.ROOT / 'csrc'}", "-c", str(source)]
-    command += ["-o", str(tmp_path / "kernels.o")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:2000]
-    assert "warning" not in done.stderr, done.stderr
-    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stderr)
-    assert len(spilled) >= 4 and set(spilled) == {("0", "0")}

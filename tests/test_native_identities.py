@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import on_every_backend
+from backends import on_every_backend, quick_alone
 from close import assert_close
 from native_cases import Case, case, native
 from problems import PROBLEMS, direction
@@ -39,6 +39,7 @@ def dot(u: dict, v: dict) -> torch.Tensor:
 
 
 def products(c: Case, name: str, *vectors: dict) -> list[dict]:
+    quick_alone(c.problem.name)
     call = getattr(native(c), name)
     return [call(c.own, c.tasks.support_x, c.tasks.support_y, v) for v in vectors]
 

@@ -7,7 +7,7 @@ import dataclasses
 import oracles
 import pytest
 import torch
-from backends import on_every_backend
+from backends import on_every_backend, quick_alone
 from close import assert_close
 from engines import rates_of
 from native_cases import DTYPES, Case, case, cast, native, row
@@ -82,6 +82,8 @@ def check(c: Case, rates: Rates, steps: int, dtype=torch.float64, **options) -> 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("problem", CALM, **by_id)
 def test_models_of_the_paper(problem, steps, dtype):
+    if steps != 1:
+        quick_alone(problem.name)
     c = case(problem)
     check(c, c.rates, steps, dtype)
 
@@ -94,6 +96,7 @@ def test_every_layer(problem):
 
 @pytest.mark.parametrize("problem", CALM, **by_id)
 def test_first_order_leaves_the_products_out(problem):
+    quick_alone(problem.name)
     c = case(problem)
     check(c, c.rates, 2, first_order=True)
     second, first = (

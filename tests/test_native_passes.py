@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import on_every_backend
+from backends import current, on_every_backend, quick_alone
 from close import assert_close
 from native_cases import (
     DTYPES,
@@ -31,6 +31,7 @@ BEYOND = Problem(
     (2, 3, 2),
     2,
 )
+FEW = ("linear-9", "conv-3to5")
 every_problem = pytest.mark.parametrize("problem", [*PROBLEMS, BEYOND], ids=str)
 both_dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")
@@ -78,6 +79,7 @@ def test_curvature_product(problem, dtype, product):
 @both_dtypes
 @every_problem
 def test_adapt(problem, dtype, own):
+    quick_alone(problem.name)
     c = case(problem)
     tasks = c.tasks.to(dtype=dtype)
     params = cast(c.own if own else c.params, dtype)
@@ -90,7 +92,7 @@ def test_adapt(problem, dtype, own):
 @pytest.mark.parametrize("product", ["hvp", "gauss_newton_product", "value_and_grad"])
 @pytest.mark.parametrize(
     "problem",
-    [p for p in PROBLEMS if p.name.startswith(("linear-9", "conv-3to5"))],
+    [p for p in PROBLEMS if p.name.startswith(FEW)],
     ids=str,
 )
 def test_shared_parameters_are_the_same_for_every_task(problem, product, dtype):
@@ -113,6 +115,10 @@ def test_shared_parameters_are_the_same_for_every_task(problem, product, dtype):
 @both_dtypes
 @every_problem
 def test_evaluation_after_every_step(problem, dtype):
+    quick_alone(problem.name)
+    layers_alone = problem.loss == "mse" and not problem.name.startswith(FEW)
+    if layers_alone and current() == "cuda_emulated":
+        pytest.skip("slow, and not about layers, which are tested above")
     c = case(problem)
     engine, tasks = native(c), c.tasks.to(dtype=dtype)
     params = cast(c.params, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from backends import cpu_alone, on_every_backend
+from backends import cpu_alone, current, on_every_backend
 from chunked_problems import CHUNKED
 from close import assert_close
 from native_cases import (
@@ -70,7 +70,14 @@ def relu_layers(*sizes: int) -> list[nn.Module]:
     return layers[:-1]
 
 
+def not_emulated(problem: Problem) -> None:
+    """Skips what is large so as to pass in chunks, which only a CPU has."""
+    if problem in CHUNKED and current() == "cuda_emulated":
+        pytest.skip("in emulation by test_cuda_networks.py")
+
+
 def check(problem: Problem, rates: Rates, steps: int, dtype, **options) -> None:
+    not_emulated(problem)
     c = case(problem)
     engine = native(c, memory=options.pop("memory", "auto"))
     tasks = c.tasks.to(dtype=dtype)
@@ -173,6 +180,7 @@ def test_chunks_take_turns_in_the_memory_of_one():
 @pytest.mark.parametrize("problem", CHUNKED, ids=str)
 def test_products_in_chunks(problem):
     """Layer norm, for one, saves a chunk's statistics in an order of their own."""
+    not_emulated(problem)
     c = case(problem)
     own = c.own, c.tasks.support_x, c.tasks.support_y, c.vector
     for name in ("hvp", "gauss_newton_product"):

@@ -26,6 +26,12 @@ if(cuda STREQUAL "ON")
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
     target_compile_options(fm_cuda PRIVATE --compress-mode=size) # a third of the module's size
   endif()
+  if(FASTMAML_STRICT)
+    target_compile_options(fm_cuda PRIVATE -Werror=all-warnings -Xptxas=-warn-spills)
+    # No product keeps anything in local memory, be it for registers that ran out.
+    file(GLOB products csrc/cuda/bilinear*.cu)
+    set_property(SOURCE ${products} APPEND PROPERTY COMPILE_OPTIONS -Xptxas=-warn-lmem-usage)
+  endif()
   set(cuda_libraries CUDA::cudart_static)
   string(REPLACE ";" "," cuda_build "${cuda_archs}")
   set(cuda_build "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${cuda_build}")
