@@ -1,7 +1,8 @@
 """Builds fastmaml._core with CMake and Ninja; all metadata is in pyproject.toml.
 
 The knobs are environment variables: FASTMAML_ISA, FASTMAML_CUDA, FASTMAML_CUDA_ARCHS,
-FASTMAML_SANITIZE, FASTMAML_STRICT and FASTMAML_BUILD_JOBS. README.md says what each does.
+FASTMAML_SANITIZE, FASTMAML_STRICT and FASTMAML_BUILD_JOBS. README.md says what each
+does.
 """
 
 from __future__ import annotations
