@@ -20,6 +20,7 @@ template <class S, int W, NormPass P>
 FM_KERNEL void __launch_bounds__(kNormBlock<S, W>,
                                  P == NormPass::tangent_backward ? 1 : kNormBlocks<S, W, P>)
     batch_norm_kernel(const NormParams<S> p) {
+  await_previous_kernels();
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }
 

@@ -34,6 +34,7 @@ struct WordParams {
 };
 
 FM_KERNEL void task_words_kernel(const WordParams p) {
+  await_previous_kernels();
   const std::uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;
   p.words[item] = word_of(p.key, p.first + item / p.count, p.plane, item % p.count);
@@ -45,6 +46,7 @@ struct AdvanceParams {
 };
 
 FM_KERNEL void advance_kernel(const AdvanceParams p) {
+  await_previous_kernels();
   if (threadIdx.x == 0) p.stream->next += p.tasks;
 }
 
@@ -74,6 +76,7 @@ FM_DEVICE S number(std::uint64_t key, std::uint64_t task, std::uint32_t i,
 
 template <class S>
 FM_KERNEL void sinusoid_kernel(const SinusoidParams<S> p) {
+  await_previous_kernels();
   const std::uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;
   const std::uint32_t each = p.support + p.queries, t = item / each, i = item % each;
@@ -121,6 +124,7 @@ FM_DEVICE std::uint32_t pick_distinct(std::uint32_t word, std::uint32_t n, int i
 }
 
 FM_KERNEL void episode_kernel(const EpisodeParams p) {
+  await_previous_kernels();
   const int each = p.shots + p.queries, thread = int(threadIdx.x);
   std::uint32_t* classes = shared_memory<std::uint32_t>();  // [ways] as picked
   std::uint32_t* sorted = classes + p.ways;                 // [ways]
@@ -168,6 +172,7 @@ FM_DEVICE index_t turned(const tasks::Images& m, int quarter, int h, int w) {
 
 template <class S>
 FM_KERNEL void gather_images_kernel(const GatherParams<S> p) {
+  await_previous_kernels();
   const tasks::Images& m = p.images;
   if (p.places.stream && blockIdx.x == 0 && threadIdx.x == 0) {
     p.places.stream->next += std::uint64_t(p.places.tasks);

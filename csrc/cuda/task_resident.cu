@@ -30,6 +30,7 @@ namespace {
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kResidentThreads, 1)
     resident_task_kernel(const ResidentParams<S> p) {
+  await_previous_kernels();
   ResidentBlock<S, Loss>(p).run();
 }
 
@@ -45,6 +46,7 @@ struct ResidentMeanParams {
 // A thread takes an element of the tensor that blockIdx.y names.
 template <class S>
 FM_KERNEL void resident_mean_kernel(const ResidentMeanParams<S> p) {
+  await_previous_kernels();
   const int tensor = int(blockIdx.y), e = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (e >= p.count[tensor]) return;
   const S* value = p.rows + p.offset[tensor] + e;

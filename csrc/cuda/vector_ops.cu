@@ -35,6 +35,7 @@ struct MapParams {
 
 template <class S, Map Kind>
 FM_KERNEL void __launch_bounds__(kThreads, 1) map_kernel(const MapParams<S> p) {
+  await_previous_kernels();
   const index_t task = blockIdx.y;
   const S* a = p.a.data ? p.a.of(task) : nullptr;
   const S* b = p.b.data ? p.b.of(task) : nullptr;
@@ -107,6 +108,7 @@ struct SegmentParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) rates_kernel(const SegmentParams<S> p) {
+  await_previous_kernels();
   const Segment segment = p.rates.segments[blockIdx.y];
   const index_t task = blockIdx.z, end = segment.offset + segment.count;
   const S* base = p.base.data ? p.base.of(task) : nullptr;
@@ -149,6 +151,7 @@ struct DotParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) segment_dots_kernel(const DotParams<S> p) {
+  await_previous_kernels();
   const Segment segment = p.segments[blockIdx.x];
   const index_t task = blockIdx.y, end = segment.offset + segment.count;
   const S *g = p.g.of(task), *v = p.v.of(task);
@@ -184,6 +187,7 @@ constexpr int kMeanWarps = int(kThreads / kWarp);
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<S> p) {
+  await_previous_kernels();
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
   const index_t j = p.begin + index_t(blockIdx.x) * kWarp + lane;
   double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
@@ -220,6 +224,7 @@ struct RateParams {
 // A thread takes a rate, or with `sum` those of a step.
 template <class S>
 FM_KERNEL void rate_table_kernel(const RateParams<S> p) {
+  await_previous_kernels();
   const int item = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (item >= (p.sum ? p.rows : p.rows * p.n)) return;
   if (!p.sum) {
@@ -259,6 +264,7 @@ struct MoveParams {
 
 template <class S, bool Scatter>
 FM_KERNEL void __launch_bounds__(kThreads, 1) move_kernel(const MoveParams<S> p) {
+  await_previous_kernels();
   const Move<S>& m = p.moves[blockIdx.y];
   const S* src = m.src.of(blockIdx.z);
   S* dst = m.dst.of(blockIdx.z);
@@ -304,6 +310,7 @@ struct TransposeParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) to_channels_last_kernel(const TransposeParams<S> p) {
+  await_previous_kernels();
   S* tile = shared_memory<S>();  // [kTileChannels, kTilePixels + 1]
   const unsigned tiles = unsigned(p.across) * unsigned(p.down);
   const int place = int(blockIdx.x % tiles);
