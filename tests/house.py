@@ -178,6 +178,8 @@ def kernels_await_previous(root: Path) -> Iterator[str]:
         if here.parts[0] != "csrc":
             continue
         yield from find(root, path, r"__global__|<<<", "FM_KERNEL and launch()")
+        read_only = r"__restrict__|__ldg"
+        yield from find(root, path, read_only, "may be read before the kernel awaits")
         code = re.sub(r"//[^\n]*", "", text(path))
         for match in re.finditer(r"\bFM_KERNEL\b[^{;]*\{\s*([^;}]*)", code):
             if match.group(1) != "await_previous_kernels()":

@@ -102,8 +102,8 @@ WRONG = [
 ]
 # What each of the others says.
 SAYS = {
-    "await by some": r"await_kernel<Fault>\(Params\): block \(0, 0, 0\), thread 8: came to its "
-    r"end without having awaited the kernels before; every kernel begins with await_prev",
+    "await by some": r"await_kernel<Fault>\(Params\): block \(0, 0, 0\), thread 8: "
+    r"came to its end without having awaited the kernels before; every kernel begins",
     "await behind a barrier": r"thread 0: came to __syncthreads without having awaited",
     "return": r"diverge_kernel<0>\(Params\): block \(0, 0, 0\): thread 0 waits at "
     r"__syncthreads \(planted.cu:\d+\), but thread 40 has finished; all threads of a "

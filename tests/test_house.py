@@ -56,6 +56,7 @@ PLANTED = [
     ("kernels_await_previous", "csrc/cuda/a.cu", f"{KERNEL} {{\n  if (x) {AWAIT};"),
     ("kernels_await_previous", "csrc/cuda/a.cuh", f"{KERNEL} {{\n  // {AWAIT};\n}}"),
     ("kernels_await_previous", "csrc/cuda/a.cu", "k<<<1, 32>>>(p);"),
+    ("kernels_await_previous", "csrc/cuda/a.cu", "const S* __restrict__ x = p.x;"),
 ]
 
 # What looks like a violation and is none.

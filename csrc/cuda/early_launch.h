@@ -21,7 +21,9 @@
 //   graphs         Capture makes such edges programmatic, from CUDA 12.3 on. A graph's first kernel
 //                  has none, and a graph ends when all its kernels have.
 //
-// Machine code from PTX for older GPUs has no wait, and must not begin early on newer ones.
+// Machine code from PTX for older GPUs has no wait, and must not begin early on newer ones. And
+// kernels read nothing by __restrict__ or __ldg: such loads go around the memory model, and
+// compilers have moved them before the wait (github.com/ggml-org/llama.cpp, pull request 24030).
 #pragma once
 
 #include <cuda_runtime.h>
