@@ -21,6 +21,10 @@
 //   graphs         Capture makes such edges programmatic, from CUDA 12.3 on. A graph's first kernel
 //                  has none, and a graph ends when all its kernels have.
 //
+// What it may cost: blocks are placed while those before still hold their places, so that a grid
+// smaller than the GPU may lie on it less evenly. They are let come behind the wait, not before, so
+// that this concerns one kernel, not a chain of them. No GPU has told yet; bench/gpu.sh asks it.
+//
 // Machine code from PTX for older GPUs has no wait, and must not begin early on newer ones. And
 // kernels read nothing by __restrict__ or __ldg: such loads go around the memory model, and
 // compilers have moved them before the wait (github.com/ggml-org/llama.cpp, pull request 24030).
