@@ -6,6 +6,7 @@
 // Sums are in double and of fixed order: of a segment over a block, of rows in ascending order.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/mean_loss.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/reduce.cuh"
 
@@ -213,6 +214,21 @@ void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* val
 }
 
 template <class S>
+FM_KERNEL void __launch_bounds__(kThreads, 1) mean_loss_kernel(const MeanLoss<S> p) {
+  await_previous_kernels();
+  p.by_block(shared_memory<double>());
+}
+
+template <class S>
+void mean_loss(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
+               S* out, const Exec& exec) {
+  for (index_t first = 0; first < n; first += kLossWeights) {
+    launch(mean_loss_kernel<S>, 1, kThreads, kWarp * sizeof(double), exec,
+           MeanLoss<S>::of(tasks, n, weights, loss, accuracy, out, first));
+  }
+}
+
+template <class S>
 struct RateParams {
   int rows, n;
   const std::uint8_t* adapted;
@@ -347,10 +363,10 @@ void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src,
 
 template <class S>
 VectorOps<S> vector_ops() {
-  return {descend<S>,          scale_by_rates<S>, segment_dots<S>, negative_product<S>,
-          update<S>,           fill<S>,           copy<S>,         add<S>,
-          mean_rows<S>,        nullptr,           move<S, false>,  move<S, true>,
-          to_channels_last<S>, spread_rates<S>,   collect_rates<S>};
+  return {descend<S>,          scale_by_rates<S>, segment_dots<S>,  negative_product<S>,
+          update<S>,           fill<S>,           copy<S>,          add<S>,
+          mean_rows<S>,        nullptr,           move<S, false>,   move<S, true>,
+          to_channels_last<S>, spread_rates<S>,   collect_rates<S>, mean_loss<S>};
 }
 
 template VectorOps<float> vector_ops();
