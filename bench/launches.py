@@ -54,6 +54,8 @@ class Launch:
         bytes: read and written.
         flops: of matrix products.
         unit: that multiplies: ``fp32`` or ``3xtf32``.
+        early: behind another launch of ours, so that a GPU of compute capability 9.0
+            or later begins it early (csrc/cuda/early_launch.h).
     """
 
     kernel: str
@@ -65,6 +67,7 @@ class Launch:
     bytes: int
     flops: int
     unit: str = SCALAR
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,7 @@ def counted(
                     bytes=FLOAT * share.elements,
                     flops=share.flops,
                     unit=share.unit,
+                    early=bool(launches),
                 )
             )
     return launches
