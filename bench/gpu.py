@@ -218,6 +218,8 @@ def merge(result: Result, stage: Stage) -> None:
         return
     result["workloads"] |= got["workloads"]
     for what, value in got["peak"].items():
+        if what == "core":  # of a CPU, in a dry run
+            continue
         result["peak"][what] = max(value, result["peak"].get(what, 0.0))
     result["plan"] = got["plan"]
 
