@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
+LAUNCHES = {"early": "1", "in turn": "0"}  # FASTMAML_EARLY_LAUNCH
+
 LEAST = 5.0  # seconds without which no stage is started
 FIRST = ("sinusoid-1", "omniglot-conv-1", "mini-imagenet", "policy")  # have targets
 
@@ -185,6 +187,12 @@ def stages(folder: Path, dry: bool, workloads: Sequence[str]) -> list[Stage]:
         name = f"sanitizer {tool}"
         found.append(Stage(name, command, 170, out, together="checks"))
     found += [own("ceilings", 40), own("kernels", 60)]
+    for how, allowed in LAUNCHES.items():
+        one = own("launching", 40)
+        out = folder / f"launching {how}.json"
+        command = tuple(str(out) if c == str(one.out) else c for c in one.command)
+        environment = {"FASTMAML_EARLY_LAUNCH": allowed}
+        found.append(Stage(f"launching {how}", command, 40, out, environment))
     for name in workloads:
         out = folder / f"workload-{name}.json"
         command = (python, "-m", "bench.run", "--device", device, "--workloads", name)
@@ -210,6 +218,8 @@ def merge(result: Result, stage: Stage) -> None:
         return
     result["workloads"] |= got["workloads"]
     for what, value in got["peak"].items():
+        if what == "core":  # of a CPU, in a dry run
+            continue
         result["peak"][what] = max(value, result["peak"].get(what, 0.0))
     result["plan"] = got["plan"]
 

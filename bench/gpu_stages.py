@@ -8,6 +8,8 @@
 ``compile``    calls the peers that compile once, many at a time, so that later
                processes find what they need in the compilers' caches
 ``small``      small meta-gradients of every kind of layer, for the sanitizers
+``launching``  steps alone, and the bits of their gradients: run twice, with kernels
+               that begin early and without (FASTMAML_EARLY_LAUNCH)
 
 On the CPU (``--device cpu``) they do the same with the emulated backend, if there is
 one, and with torch's operators in place of kernels: that tests the code, not a GPU.
@@ -16,6 +18,8 @@ one, and with torch's operators in place of kernels: that tests the code, not a 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench import ROOT, contenders, cost, peers, run
+from bench import ROOT, contenders, cost, peers, run, timing
 from bench.cuda_kernels import short
 from bench.workloads import WORKLOADS, Workload
 from fastmaml.engines.placement import missing
@@ -222,11 +226,43 @@ def small(device: str, tiny: bool) -> Result:
     return found
 
 
+def launching(device: str, tiny: bool) -> Result:
+    """Times fastmaml's steps, whatever the environment says of launches.
+
+    Returns:
+        workload -> ``bits``, of loss and gradients after one call, the same however
+        kernels are launched; milliseconds of ``meta_step`` and ``captured_step``.
+    """
+    found = {}
+    plan = timing.Plan(min_sample=0.01 if tiny else 0.2)
+    for name in SMALL[:1] if tiny else SMALL:
+        workload = WORKLOADS[name]
+        if tiny:
+            workload = workload.resized(**TINY)
+        contender = ours(workload, device)
+        tasks = contender.prepare(workload.batch())
+        loss, got = contender.meta_gradient(tasks)
+        bits = hashlib.sha256()
+        for value in (loss, *contender.gradients(got).values()):
+            bits.update(value.detach().cpu().numpy().tobytes())
+        calls: dict[str, Callable[[], object]] = {
+            "meta_step": functools.partial(contender.meta_step, tasks)
+        }
+        if contender.captured_step is not None:
+            calls["captured_step"] = contender.captured_step(tasks)  # type: ignore
+        found[name] = {"bits": bits.hexdigest()[:16]}
+        for what, call in calls.items():
+            times = timing.solo(timing.finishing(call, contender.finish), plan)
+            found[name][what] = 1e3 * min(times)
+    return found
+
+
 STAGES: dict[str, Callable[[str, bool], Result]] = {
     "ceilings": ceilings,
     "kernels": kernels,
     "compile": compile_peers,
     "small": small,
+    "launching": launching,
 }
 
 

@@ -55,6 +55,8 @@ class Launch:
         flops: of matrix products.
         unit: that multiplies: ``fp32`` or ``3xtf32``.
         loads: packs that a thread asks memory for before it needs the first.
+        early: behind another launch of ours, so that a GPU of compute capability 9.0
+            or later begins it early (csrc/cuda/early_launch.h).
     """
 
     kernel: str
@@ -67,6 +69,7 @@ class Launch:
     flops: int
     unit: str = SCALAR
     loads: int = 1
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,7 @@ def counted(
                     flops=share.flops,
                     unit=share.unit,
                     loads=packs,
+                    early=bool(launches),
                 )
             )
     return launches

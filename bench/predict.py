@@ -56,10 +56,17 @@ class Machine:
     TF32 with sparsity, which is 495 dense. ``mma_share``: the kernels multiply by
     mma.sync, which on this chip reaches 63% of what wgmma does (Luo et al. 2024,
     arXiv 2402.13499, mean over types). 132 multiprocessors. The others are
-    assumptions from common experience: a dependent launch inside a graph takes 2 to
-    3 µs, memory answers after 0.6 µs, a thread has 16 bytes on their way
-    of each tensor that it loads from at once, and a step of
-    a block that is all in shared memory (small product, barrier) takes 0.4 µs.
+    assumptions from common experience: memory answers after 0.6 µs, a thread has 16
+    bytes on their way of each tensor that it loads from at once, and a step of a
+    block that is all in shared memory (small product, barrier) takes 0.4 µs.
+
+    Launching is assumed, too: 2.5 µs from the end of one kernel's work to the next
+    one's, of which beginning early saves 1.0. Others have measured parts of it: 1.3 µs
+    a launch of empty kernels in a graph on an H100 (Spector et al., Hazy Research,
+    "Look Ma, No Bubbles!", May 2025), without a kernel's tail, its first fetch of
+    instructions and parameters and its blocks' start; and 0.96 µs that programmatic
+    dependent launch takes from the gap between two empty kernels
+    (github.com/pegainfer-project/pegainfer, issue 569, July 2026; a GPU at 1.755 GHz).
 
     Attributes:
         bandwidth: bytes a second of memory.
@@ -68,6 +75,7 @@ class Machine:
         mma_share: of ``tf32`` that mma.sync reaches.
         multiprocessors: of the chip.
         overhead: seconds of a launch that waits for the one before, replayed.
+        early: the same where the kernel begins early and awaits the one before.
         latency: seconds of memory.
         in_flight: bytes that a thread has on their way, of a tensor.
         phase: seconds of a step between barriers in a kernel that does whole tasks.
@@ -80,6 +88,7 @@ class Machine:
     mma_share: float = 0.63
     multiprocessors: int = 132
     overhead: float = 2.5e-6
+    early: float = 1.5e-6
     latency: float = 0.6e-6
     in_flight: int = 16
     phase: float = 0.4e-6
@@ -110,7 +119,7 @@ def parts(launch: Launch, registers: int, on: Machine) -> dict[str, float]:
     return {
         "memory": launch.bytes / bandwidth,
         "arithmetic": launch.flops / on.rate(launch.unit) * share,
-        "overhead": on.overhead,
+        "overhead": on.early if launch.early else on.overhead,
     }
 
 
@@ -159,10 +168,10 @@ def grouped(launches: Sequence[Launch]) -> list[dict[str, Any]]:
 def resident_phases(layers: int, steps: int) -> int:
     """Barriers of a whole task: csrc/cuda/task_resident.cu.
 
-    One is behind the load; then each layer has two in each of K support passes, of the
-    query pass, and of K tangent passes.
+    One is behind the load; then there are two a layer, but for the last layer's one, in
+    each of K support passes, of the query pass, and of K tangent passes.
     """
-    return 1 + (2 * steps + 1) * 2 * layers
+    return 1 + (2 * steps + 1) * max(2, 2 * layers - 1)
 
 
 def workload_row(
@@ -293,7 +302,7 @@ def kernel_rows(
         row["bytes"] += n * launch.bytes
         row["flops"] += n * launch.flops
         row["ms"] += 1e3 * n * seconds(launch, registers, on)
-        row["overhead_ms"] += 1e3 * n * on.overhead
+        row["overhead_ms"] += 1e3 * n * parts(launch, registers, on)["overhead"]
         row["fewest_blocks"] = min(row["fewest_blocks"], launch.blocks)
         row["resident_blocks"] = min(
             row["resident_blocks"], resident_blocks(launch, registers)

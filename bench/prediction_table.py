@@ -106,7 +106,9 @@ def page(result: Mapping[str, Any]) -> str:
         f"{on['fp32'] / 1e12:g} TFLOP/s in FP32, {on['tf32'] / 1e12:g} in dense TF32, "
         f"{on['mma_share']:.0%} of that by mma.sync, three products for one in "
         f"float32; {on['multiprocessors']} multiprocessors; "
-        f"{1e6 * on['overhead']:g} µs for a dependent launch of a replayed graph; "
+        f"{1e6 * on['overhead']:g} µs for a dependent launch of a replayed graph, "
+        f"{1e6 * on['early']:g} µs where it begins early, behind one of ours (neither "
+        "is measured here, `bench/predict.py` names what others have); "
         f"{1e6 * on['latency']:g} µs until memory answers, {on['in_flight']} bytes of "
         "a thread and tensor on their way, of products half of their shared memory.",
         "",

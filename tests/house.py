@@ -168,6 +168,25 @@ def tests_use_the_installed_package(root: Path) -> Iterator[str]:
             yield f"{name}:1: makes pytest test the checkout, not what is installed"
 
 
+def kernels_await_previous(root: Path) -> Iterator[str]:
+    """A kernel's first statement awaits the kernels before it; only launch() starts it.
+
+    See csrc/cuda/early_launch.h: one that didn't would race with two others.
+    """
+    for path in files(root, ".cu", ".cuh"):
+        here = path.relative_to(root)
+        if here.parts[0] != "csrc":
+            continue
+        yield from find(root, path, r"__global__|<<<", "FM_KERNEL and launch()")
+        read_only = r"__restrict__|__ldg"
+        yield from find(root, path, read_only, "may be read before the kernel awaits")
+        code = re.sub(r"//[^\n]*", "", text(path))
+        for match in re.finditer(r"\bFM_KERNEL\b[^{;]*\{\s*([^;}]*)", code):
+            if match.group(1) != "await_previous_kernels()":
+                line = code.count("\n", 0, match.start()) + 1
+                yield f"{here}:{line}: a kernel that does not await_previous_kernels()"
+
+
 LAWS: tuple[Law, ...] = (
     includes_go_one_way,
     only_bind_sees_python,
@@ -179,6 +198,7 @@ LAWS: tuple[Law, ...] = (
     nothing_left_for_later,
     speaks_of_the_project_alone,
     tests_use_the_installed_package,
+    kernels_await_previous,
 )
 
 

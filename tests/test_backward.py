@@ -227,7 +227,8 @@ def test_moved_rates_are_noticed(engine):
             loss, want, _ = by_autograd(learner, tasks)
             plain, by_plain = learner._gradients._plainly(tasks)
             assert_same(found, [loss, *want])
-            assert_same(found, [plain, *by_plain])
+            assert_same(found[1:], by_plain)
+            assert_close(plain, found[0], "float64 pass", "rates")  # torch's mean there
 
 
 def test_other_settings_are_noticed(engine):

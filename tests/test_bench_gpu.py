@@ -98,9 +98,13 @@ def test_the_stages_on_a_gpu(tmp_path):
     assert found["tests"].environment["FASTMAML_TEST_BACKENDS"] == "cuda"
     assert {f"workload {n}" for n in WORKLOADS} <= set(found)
     assert {f"sanitizer {t}" for t in gpu.TOOLS} <= set(found)
-    timed = [s for n, s in found.items() if n.startswith(("work", "ceil", "kern"))]
+    alone = ("work", "ceil", "kern", "launching")
+    timed = [s for n, s in found.items() if n.startswith(alone)]
     assert list(found)[0] == "build" and list(found)[-1].startswith("workload")
     assert timed and not any(s.together for s in timed)
+    early, late = found["launching early"], found["launching in turn"]
+    allowed = [s.environment["FASTMAML_EARLY_LAUNCH"] for s in (early, late)]
+    assert allowed == ["1", "0"] and early.out != late.out
     files = gpu.tests_of_backends()
     assert {"tests/test_cuda_learner.py", "tests/test_captured_step.py"} <= set(files)
     assert "tests/test_native_passes.py" in files
@@ -150,12 +154,15 @@ def test_with_a_torch_that_sees_no_gpu_it_refuses(tmp_path):
 @needs_emulation
 def test_dry_all_stages_run_and_agree(tmp_path):
     out = tmp_path / "gpu.json"
-    only = ["tests", "small", "ceilings", "kernels", "workload"]
+    only = ["tests", "small", "ceilings", "kernels", "workload", "launching"]
     status = gpu.main(["--dry", "--out", str(out), "--only", *only])
     result = json.loads(out.read_text())
     told = {n: s["status"] for n, s in result["stages"].items()}
     assert status == 0, result["stages"]
-    assert set(told.values()) == {"ok"} and len(told) == len(only)
+    assert set(told.values()) == {"ok"} and len(told) == len(only) + 1
+    both = [result[f"launching {how}"]["sinusoid-1"] for how in gpu.LAUNCHES]
+    assert both[0]["bits"] == both[1]["bits"]
+    assert min(x[step] for x in both for step in ("meta_step", "captured_step")) > 0
     assert result["stages"]["tests"]["tests"]["passed"] >= 1
     assert result["small"]["sinusoid-1"] < 1e-5
     field = result["workloads"]["sinusoid-1"]["contenders"]

@@ -26,6 +26,7 @@ ROUND = predict.Machine(
     mma_share=0.75,
     multiprocessors=10,
     overhead=2e-6,
+    early=5e-7,
     latency=1e-6,
     in_flight=16,
 )
@@ -48,6 +49,29 @@ def test_a_launch_by_hand():
     assert predict.seconds(busy, 32, ROUND) == pytest.approx(2e-6 + 1e-5)
     split = replace(busy, unit="3xtf32")  # 40 * 0.75 / 3 = 10 TFLOP/s
     assert predict.seconds(split, 32, ROUND) == pytest.approx(2e-6 + 1e-5)
+
+
+def test_only_launches_behind_ours_begin_early():
+    late = predict.seconds(FULL, 32, ROUND)
+    early = predict.seconds(replace(FULL, early=True), 32, ROUND)
+    assert late - early == pytest.approx(2e-6 - 5e-7)
+    whole = cost.cost(WORKLOADS["sinusoid-1"])
+    mean = (-1, "resident_mean_kernel<S>(P)", (13, 6, 1), 128, 0)
+    found = launches.counted([], [mean] * 3, whole)
+    assert [x.early for x in found] == [False, True, True]
+    groups = predict.grouped(found)
+    assert [g["count"] for g in groups] == [1, 2]
+    row = predict.workload_row(groups, [], ROUND)
+    assert row["overhead_ms"] == pytest.approx(1e3 * (2e-6 + 2 * 5e-7))
+    (kernel,) = predict.kernel_rows(groups, [], ROUND)
+    assert kernel["overhead_ms"] == pytest.approx(row["overhead_ms"])
+
+
+def test_barriers_of_a_whole_task():
+    """Of one step through three layers, of two steps through two, and one layer."""
+    assert predict.resident_phases(3, 1) == 1 + 3 * 5
+    assert predict.resident_phases(2, 2) == 1 + 5 * 3
+    assert predict.resident_phases(1, 1) == 1 + 3 * 2
 
 
 def test_a_grid_that_leaves_multiprocessors_idle():

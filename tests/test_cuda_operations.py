@@ -233,6 +233,25 @@ def test_mean_over_tasks(driver, dtype, rows):
 
 
 @both_dtypes
+@pytest.mark.parametrize(("tasks", "n"), [(1, 1), (5, 6), (300, 3), (2, 150)])
+def test_the_meta_loss_is_of_weighted_columns_alone(driver, dtype, tasks, n):
+    memory = Memory(torch.float64, 4)
+    given = torch.rand(tasks, n, dtype=torch.float64)
+    weights = torch.rand(n, dtype=torch.float64) * (torch.arange(n) % 3 == n % 3 - 1)
+    weights[-1] = 0.5
+    loss, accuracy = memory.put(given), memory.put(1 - given)
+    out = torch.full((2,), float("nan"), dtype=dtype)  # its second stays
+    driver.call("mean_loss", double(dtype), tasks, n, weights, loss, accuracy, out)
+    close(out[0], (given.mean(0) * weights).sum(), dtype)
+    assert out[1].isnan()
+    absent = (weights == 0).expand_as(given)
+    assert torch.equal(loss.isnan(), absent) and torch.equal(accuracy.isnan(), absent)
+    assert torch.equal(loss[~absent], given[~absent])
+    assert torch.equal(accuracy[~absent], 1 - given[~absent])
+    memory.check()
+
+
+@both_dtypes
 @pytest.mark.parametrize("scatter", [0, 1])
 def test_moves(driver, dtype, scatter):
     memory, counts, tasks = Memory(dtype, 3), (1, 1030, 7), 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
 
@@ -27,7 +28,7 @@ def double(dtype) -> int:
 
 def stream_at(key: int, task: int) -> torch.Tensor:
     """Where a stream stands, as in a device's memory."""
-    return torch.from_numpy(np.array([key, task], dtype=np.uint64).view(np.int64))
+    return torch.from_numpy(np.array([key, task, 0], dtype=np.uint64).view(np.int64))
 
 
 KEY = 0xFEDCBA9876543210
@@ -73,6 +74,26 @@ def test_waves_are_those_of_the_sampler(driver, dtype, far):
         if far and not double(dtype) and name.endswith("y"):
             continue  # the sine of a float32 whose rounding exceeds the period
         torch.testing.assert_close(got, w, rtol=bound, atol=bound * scale)
+    memory.check()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_waves_of_many_blocks_read_the_stream_before_it_moves(driver, seed):
+    """In any order of blocks: 100 tasks of 20 samples are 8."""
+    sampler = Sinusoid(15, 5, seed=7)
+    key, first = (sampler.state_dict()[n] for n in ("key", "task"))
+    memory = Memory(torch.float32, 1)
+    places = [memory.empty(100 * n) for n in (15, 5) for _ in "xy"]
+    ranges = torch.tensor([0.1, 5.0, 0.0, math.pi, -5.0, 5.0], dtype=torch.float64)
+    stream = stream_at(key, first)
+    driver.library.shuffle(ctypes.c_int64(seed))
+    for draw in range(2):
+        want = sampler.sample(100)
+        driver.call("sinusoids", 0, stream, 100, 15, 5, ranges, *places, None, None)
+        assert torch.equal(stream, stream_at(key, first + 100 * (draw + 1)))
+        for got, x in zip(places[::2], (want.support_x, want.query_x), strict=True):
+            torch.testing.assert_close(got, x.flatten(), rtol=1e-6, atol=1e-6)
+    driver.library.shuffle(ctypes.c_int64(0))
     memory.check()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_device_sampling import kernels_of
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmaml import MAML, optim
 from fastmaml.models import sinusoid_mlp
@@ -269,3 +270,37 @@ def test_other_settings_are_captured_anew(engine, monkeypatch):
     want[0].settings = got[0].settings
     by_hand(want, 4)
     same(got, want)
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators of torch run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_torch_only_makes_tensors_in_a_call_with_loss_weights(engine):
+    """So that it launches nothing: losses without a weight and the mean are ours."""
+    device = backends.device_of(engine)
+    learner = MAML(
+        sinusoid_mlp(hidden=(8,)).to(device),
+        loss="mse",
+        inner_lr=0.05,
+        inner_steps=2,
+        loss_weights=(0.25, 0.0, 0.75),
+        engine="native" if engine == "cuda" else engine,
+    )
+    tasks = Sinusoid(5, 4, seed=1).sample(3).to(device=device)
+    learner.backward(tasks, accumulate=False)
+    with Operators() as seen:
+        loss = learner.backward(tasks, accumulate=False)
+    assert seen.names and all("aten::empty" in name for name in seen.names)
+    losses = learner.last.query_loss
+    assert losses[:, 1].isnan().all() and not losses[:, ::2].isnan().any()
+    torch.testing.assert_close(loss, (0.25 * losses[:, 0] + 0.75 * losses[:, 2]).mean())

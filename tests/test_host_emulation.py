@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_sound_kernels(build, kind):
 
 
 SOUND = ["reverse", "previous", "pairs", "reuse", "copy", "no fault", "shared at most"]
+SOUND += ["await"]
 WRONG = [
     "reverse without",
     "pairs without",
@@ -100,6 +102,9 @@ WRONG = [
 ]
 # What each of the others says.
 SAYS = {
+    "await by some": r"await_kernel<Fault>\(Params\): block \(0, 0, 0\), thread 8: "
+    r"came to its end without having awaited the kernels before; every kernel begins",
+    "await behind a barrier": r"thread 0: came to __syncthreads without having awaited",
     "return": r"diverge_kernel<0>\(Params\): block \(0, 0, 0\): thread 0 waits at "
     r"__syncthreads \(planted.cu:\d+\), but thread 40 has finished; all threads of a "
     r"block must wait at the same place",
@@ -153,6 +158,11 @@ def test_a_fault_is_explained(build, case, kind):
     done = run(build("planted", kind), case)
     assert re.search(SAYS[case], done.stdout), done.stdout + done.stderr
     assert "nothing runs afterwards" not in done.stdout
+
+
+def test_a_kernel_that_touches_memory_before_it_awaits_ends_the_process(build):
+    done = run(build("planted", "plain"), "await too late")
+    assert done.returncode in (-signal.SIGSEGV, -signal.SIGBUS), done.stdout
 
 
 def test_a_write_behind_shared_memory_is_noticed(build):

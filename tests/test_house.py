@@ -18,6 +18,8 @@ import fastmaml
 ROOT = Path(__file__).resolve().parents[1]
 URL = "https" + "://"
 LATER = "TO" + "DO"
+KERNEL = "FM_KERNEL void __launch_bounds__(kThreads, 1)\n    k(const P<S> p)"
+AWAIT = "await_previous_kernels()"
 
 # law, file to plant, what it says
 PLANTED = [
@@ -50,12 +52,18 @@ PLANTED = [
     ("speaks_of_the_project_alone", "constraints.txt", "--extra-index" + "-url x"),
     ("tests_use_the_installed_package", "tests/__init__.py", ""),
     ("tests_use_the_installed_package", "conftest.py", ""),
+    ("kernels_await_previous", "csrc/cuda/a.cu", "FM_KERNEL void k(P p) { f(p); }"),
+    ("kernels_await_previous", "csrc/cuda/a.cu", f"{KERNEL} {{\n  if (x) {AWAIT};"),
+    ("kernels_await_previous", "csrc/cuda/a.cuh", f"{KERNEL} {{\n  // {AWAIT};\n}}"),
+    ("kernels_await_previous", "csrc/cuda/a.cu", "k<<<1, 32>>>(p);"),
+    ("kernels_await_previous", "csrc/cuda/a.cu", "const S* __restrict__ x = p.x;"),
 ]
 
 # What looks like a violation and is none.
 INNOCENT = {
     "csrc/meta/a.cpp": '#include "program/layer.h"\n#include "meta/options.h"\n',
     "csrc/bind/a.cpp": '#include <pybind11/pybind11.h>\n#include "cpu/simd.h"\n',
+    "csrc/cuda/a.cu": f"{KERNEL};\n{KERNEL} {{  // a note\n  {AWAIT};\n}}\n",
     "csrc/cpu/a.cpp": "// printf( is for others\nstd::snprintf(b, n, f);\n",
     "fastmaml/_native.py": "import fastmaml._core\nx.data_ptr()\n",
     "fastmaml/a.py": "path = root / 'data'  # see arxiv.org/work/1\n",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from command import environment
 
 from fastmaml import _native, info
 
@@ -46,6 +49,23 @@ def test_the_real_extension_describes_itself():
     assert native["isa"] in native["isas"]
     assert "baseline" in native["isas"]
     assert native["threads"] >= 1
+
+
+@pytest.mark.parametrize("wish", ["", "1", "0"])
+def test_says_whether_kernels_may_begin_early(wish):
+    if _native.unavailable() or _native.core().build_info()["cuda_backend"] == "none":
+        pytest.skip("no CUDA backend in this build")
+    code = "from fastmaml import info; print(info.render())"
+    variable = {"FASTMAML_EARLY_LAUNCH": wish} if wish else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment(), **variable},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = r"off \(FASTMAML_EARLY_LAUNCH=0\)" if wish == "0" else "on"
+    assert re.search(rf"  early_launches +{told}\n", done.stdout)
 
 
 def test_renders_what_was_built(built):

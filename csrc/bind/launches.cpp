@@ -211,6 +211,11 @@ void record_vectors(VectorOps<S>& v) {
     note_vector("collect_rates", 2 * rows * n);
     real.collect_rates(rows, n, adapted, values, per_tensor, out, e);
   };
+  v.mean_loss = [](index_t t, index_t n, const double* weights, double* loss, double* accuracy,
+                   S* out, const Exec& e) {
+    note_vector("mean_loss", 4 * t * n);
+    real.mean_loss(t, n, weights, loss, accuracy, out, e);
+  };
 }
 
 // Elements that an optimizer moves: the gradient, and what it reads and writes again.

@@ -11,6 +11,7 @@
 #include "cpu/backend_cpu.h"
 #include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
+#include "cuda/settings.h"
 
 namespace fm {
 namespace {
@@ -163,6 +164,9 @@ py::dict build_info() {
   info["cuda_backend"] = "cuda_emulated";
 #else
   info["cuda_backend"] = "none";
+#endif
+#if defined(FM_HAVE_CUDA) || defined(FM_HAVE_CUDA_EMULATED)
+  info["early_launches"] = early_launches() ? "on" : "off (FASTMAML_EARLY_LAUNCH=0)";
 #endif
   info["isas"] = cpu::usable_isas();
   info["isa"] = cpu::current_isa();

@@ -118,17 +118,17 @@ class Prepared {
     return py::make_tuple(plan_.loss, accuracy / double(rows), std::move(metrics));
   }
 
-  // For memory that is not the host's: as `run`, but the metrics, double [2, T, K + 1] and NaN
-  // where a weight is zero, are at an address there, nothing is read and nobody waits. False if the
-  // workspace is too small.
-  bool launch(const std::array<Address, 4>& places, bool support_last, bool query_last,
+  // For memory that is not the host's: as `run`, but the metrics, double [2, T, K + 1], are at an
+  // address there, nothing is read and nobody waits. False if the workspace is too small.
+  bool launch(const std::array<Address, 5>& places, bool support_last, bool query_last,
               Address workspace, index_t bytes, Address stream, Address metrics) {
     check();
     py::gil_scoped_release release;
     plan(support_last, query_last);
     if (plan_.bytes > bytes) return false;
     call_.exec.context = at<const void>(stream);
-    start(places, at<double>(metrics), workspace);
+    call_.loss = at<S>(places[4]);
+    start({places[0], places[1], places[2], places[3]}, at<double>(metrics), workspace);
     return true;
   }
 

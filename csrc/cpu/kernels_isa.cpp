@@ -144,7 +144,7 @@ constexpr Backend<S> table() {
        policy_ops<LossKind::categorical_ratio, math::LikelihoodRatio<math::Categorical>>(),
        policy_ops<LossKind::categorical_kl, math::KlDivergence<math::Categorical>>()},
       {descend, scale_by_rates, segment_dots, negative_product, update, fill, copy, add, mean_rows,
-       add_rows, gather, scatter, to_channels_last, spread_rates, collect_rates},
+       add_rows, gather, scatter, to_channels_last, spread_rates, collect_rates, mean_loss},
       {adam, sgd},
       {resident_plan, resident_share, resident_task, nullptr},
       {ops<factored_forward, factored_backward, factored_tangent_forward,

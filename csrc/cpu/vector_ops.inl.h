@@ -126,6 +126,23 @@ inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const
               [=](index_t c, double sum) { out[c] = S(sum / double(rows)); });
 }
 
+inline void mean_loss(index_t tasks, index_t n, const double* weights, double* loss,
+                      double* accuracy, S* out, const Exec&) {
+  double total = 0;
+  for (index_t k = 0; k < n; ++k) {
+    double sum = 0;
+    for (index_t i = k; i < tasks * n; i += n) {
+      if (weights[k] != 0) {
+        sum += loss[i];
+      } else {
+        loss[i] = accuracy[i] = std::numeric_limits<double>::quiet_NaN();
+      }
+    }
+    if (weights[k] != 0) total += weights[k] * sum;
+  }
+  *out = S(total / double(tasks));
+}
+
 inline void add_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values,
                      bool begins, double* sums, index_t total, S* out, const Exec&) {
   const double* carried = begins ? nullptr : sums;

@@ -23,6 +23,7 @@ struct AppendParams {
 
 template <class S>
 FM_KERNEL void append_kernel(const AppendParams<S> p) {
+  await_previous_kernels();
   const unsigned item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;
   const unsigned row = item / unsigned(p.out), i = item % unsigned(p.out);
@@ -44,6 +45,7 @@ struct AppendAdjointParams {
 
 template <class S>
 FM_KERNEL void append_adjoint_kernel(const AppendAdjointParams<S> p) {
+  await_previous_kernels();
   if (blockIdx.x < p.copies) {
     const unsigned item = blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= p.items) return;

@@ -26,6 +26,7 @@ constexpr unsigned kRowBlocks = sizeof(S) == 4 && W > 1 && P != NormPass::tangen
 template <class S, int W, NormPass P>
 FM_KERNEL void __launch_bounds__(kRowBlock<S, W>, kRowBlocks<S, W, P>)
     batch_norm_kernel(const NormParams<S> p) {
+  await_previous_kernels();
   norm_pass<S, W, P, RowSweep<S, W, P>, RowSweep<S, W, P>>(p);
 }
 

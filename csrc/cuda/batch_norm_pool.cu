@@ -154,6 +154,7 @@ struct CellSweep {
 template <class S, int W, NormPass P, int K>
 FM_KERNEL void __launch_bounds__(kNormBlock<S, W>, kNormBlocks<S, W, P>)
     batch_norm_pool_kernel(const PoolParams<S> p) {
+  await_previous_kernels();
   using Cells = CellSweep<S, W, P, K>;
   using Winners = RowSweep<S, W, P>;
   if constexpr (P == NormPass::forward || P == NormPass::tangent_forward) {

@@ -108,6 +108,7 @@ struct Reduce {
 // order, then of the chunks. Few elements of many parts would be too few threads to read them.
 template <class S>
 FM_KERNEL void bilinear_reduce_kernel(const Reduce<S> p) {
+  await_previous_kernels();
   S* chunks = shared_memory<S>();  // [kReduceChunks, kReduceElements]
   const int lane = int(threadIdx.x % kReduceElements), chunk = int(threadIdx.x / kReduceElements);
   const int each = (p.count + int(kReduceChunks) - 1) / int(kReduceChunks);

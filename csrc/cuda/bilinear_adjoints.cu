@@ -15,6 +15,7 @@ struct ProductPair {
 template <class S, class Loop>
 FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
     bilinear_adjoints_kernel(const ProductPair<S> p) {
+  await_previous_kernels();
   const int block = int(blockIdx.x);
   if (block < p.blocks) {
     bilinear_block<S, Loop, Form::weights>(p.weights, block);

@@ -241,6 +241,7 @@ FM_DEVICE void bilinear_block(const Product<S>& p, int block) {
 template <class S, class Loop, Form form>
 FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
     bilinear_kernel(const Product<S> p) {
+  await_previous_kernels();
   bilinear_block<S, Loop, form>(p, int(blockIdx.x));
 }
 

@@ -158,6 +158,7 @@ struct PooledFeed : Feed<S, Loop, Form::weights> {
 template <class S, class Loop>
 FM_KERNEL void __launch_bounds__(kProductThreads, Loop::kMinBlocks)
     bilinear_pooled_kernel(const PooledProduct<S> q) {
+  await_previous_kernels();
   using F = PooledFeed<S, Loop>;
   using L = typename F::L;
   constexpr int kStages = Loop::kStages;

@@ -61,6 +61,7 @@ FM_DEVICE void apply_pack(const ElementwiseParams<S>& p, index_t i) {
 
 template <class S, class F, Sweep Kind, int W>
 FM_KERNEL void elementwise_kernel(const ElementwiseParams<S> p) {
+  await_previous_kernels();
   const index_t i = (index_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
   if (i + W <= p.n) {
     apply_pack<S, F, Kind, W>(p, i);

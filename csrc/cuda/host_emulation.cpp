@@ -39,7 +39,7 @@ void read_environment() {
 struct Inspected {
   std::mutex mutex;
   std::vector<std::pair<void*, std::size_t>> memory;
-  int running = 0;  // launches
+  int running = 0;  // launches that may touch it
 
   void access(int allowed) {
     for (const auto& [at, bytes] : memory) {
@@ -53,19 +53,32 @@ Inspected& inspected() {
   return all;
 }
 
-// A launch, while which device memory can be touched.
-struct Launched {
-  Launched() {
-    Inspected& all = inspected();
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    if (all.running++ == 0) all.access(PROT_READ | PROT_WRITE);
-  }
+// A launch, which can touch device memory once it has awaited those before it.
+class Launched {
+ public:
+  Launched() : outer_(innermost) { innermost = this; }
   ~Launched() {
+    innermost = outer_;
+    if (!open_) return;
     Inspected& all = inspected();
     const std::lock_guard<std::mutex> lock(all.mutex);
     if (--all.running == 0) all.access(PROT_NONE);
   }
+  void open() {
+    if (open_) return;
+    open_ = true;
+    Inspected& all = inspected();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (all.running++ == 0) all.access(PROT_READ | PROT_WRITE);
+  }
+
+  static thread_local Launched* innermost;
+
+ private:
+  bool open_ = false;
+  Launched* outer_;
 };
+thread_local Launched* Launched::innermost = nullptr;
 
 void land(Thread& thread, std::size_t groups) {
   if (groups == 0) return;
@@ -123,6 +136,11 @@ void check_launch(const Launch& call) {
 }
 
 std::size_t shared_memory_of_a_block() { return kLargestShared; }
+
+void await_previous_kernels() {
+  machine->current().awaited = true;
+  Launched::innermost->open();
+}
 
 void wait_for_block(Place place) { machine->wait(State::block, place); }
 

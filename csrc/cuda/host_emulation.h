@@ -7,7 +7,8 @@
 // (NaN), and so does the target of an asynchronous copy from its issue until its wait, which is
 // when the copy lands. With `shuffle_threads(seed)` or FASTMAML_EMULATION_SHUFFLE=seed, blocks,
 // and the threads of a block between two barriers, run in a shuffled order, so that results which
-// hang on an order show.
+// hang on an order show. A kernel that ends, or comes to a barrier, without having awaited the
+// kernels before it (early_launch.h) is an error, too.
 //
 // What it can't tell: speed, registers, bank conflicts, weak memory ordering between blocks.
 #pragma once
@@ -61,6 +62,9 @@ struct Place {
   const char* file;
   int line;
 };
+
+// Lets the running launch touch what device_memory of inspect.h gave.
+void await_previous_kernels();
 
 void wait_for_block(Place place);
 void wait_for_warp(Place place);

@@ -3,13 +3,17 @@
 //   by nvcc    namespace fm::cuda           kernels run on a GPU
 //   by g++     namespace fm::cuda_emulated  kernels run on the CPU, see host_emulation.h
 //
-//   template <class S> FM_KERNEL void scale_kernel(const ScaleParams<S> p) { ... }
+//   template <class S> FM_KERNEL void scale_kernel(const ScaleParams<S> p) {
+//     await_previous_kernels();
+//     ...
+//   }
 //   launch(scale_kernel<S>, dim3(blocks), 256, shared_bytes, exec, params);
 //
 // A kernel takes one POD by value, has blocks of blockDim.x threads (a multiple of the 32 of a
 // warp), and shared memory that is dynamic only: `shared_memory<S>()`, aligned to 16 bytes. Warp
-// functions are for full warps: all 32 lanes call them together. `launch` is a macro because an
-// error names the kernel as the source does.
+// functions are for full warps: all 32 lanes call them together. A kernel first of all awaits those
+// before it, see early_launch.h. `launch` is a macro because an error names the kernel as the
+// source does.
 #pragma once
 
 #include <cstddef>
@@ -55,6 +59,7 @@ inline std::string kernel_name(const std::string& text) {
 }  // namespace FM_CUDA
 
 #if defined(__CUDACC__)
+#include "cuda/early_launch.h"
 
 namespace FM_CUDA {
 
@@ -108,8 +113,17 @@ void launch_named(const char* text, void (*kernel)(Params), dim3 grid, unsigned 
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
                text, "asking for shared memory");
   }
-  kernel<<<grid, block, shared_bytes, cudaStream_t(const_cast<void*>(exec.context))>>>(params);
-  check_cuda(cudaGetLastError(), text, "launch");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = cudaStream_t(const_cast<void*>(exec.context));
+  config.attrs = &early;
+  config.numAttrs = begins_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Params(params)), text, "launch");
 }
 
 }  // namespace FM_CUDA

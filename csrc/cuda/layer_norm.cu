@@ -203,6 +203,7 @@ FM_DEVICE void parameter_block(const LayerNormParams<S>& p, int block) {
 
 template <class S, Pass P>
 FM_KERNEL void __launch_bounds__(kThreads, 1) layer_norm_kernel(const LayerNormParams<S> p) {
+  await_previous_kernels();
   if (blockIdx.x < p.sample_blocks) {
     sample_block<P>(p, blockIdx.x);
   } else if constexpr (P == Pass::backward || P == Pass::tangent_backward) {

@@ -39,6 +39,7 @@ FM_DEVICE void put_value(const LossParams<S>& p, int task, const double (&sums)[
 
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kThreads, 1) loss_value_kernel(const LossParams<S> p) {
+  await_previous_kernels();
   const int task = int(blockIdx.x) / p.parts, part = int(blockIdx.x) % p.parts;
   const int first = part * p.part, end = min_of(first + p.part, p.samples);
   double value = 0;
@@ -60,6 +61,7 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) loss_value_kernel(const LossParams
 // A block takes a task, a thread every 256th part.
 template <class S, bool Accuracy>
 FM_KERNEL void __launch_bounds__(kThreads, 1) loss_parts_kernel(const LossParams<S> p) {
+  await_previous_kernels();
   const int task = int(blockIdx.x);
   double sums[2] = {};
   for (int part = int(threadIdx.x); part < p.parts; part += int(blockDim.x)) {
@@ -72,6 +74,7 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) loss_parts_kernel(const LossParams
 
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kThreads, 1) loss_hessian_kernel(const LossParams<S> p) {
+  await_previous_kernels();
   const index_t n = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= index_t(p.tasks) * p.samples) return;
   const index_t row = n * p.outputs;

@@ -48,6 +48,13 @@ bool same_place(const Thread& a, const Thread& b) {
          std::strcmp(a.place.file, b.place.file) == 0;
 }
 
+void require_awaited(const Thread& thread, const char* where) {
+  if (!thread.awaited)
+    fail_here("came to " + std::string(where) +
+              " without having awaited the kernels before; every kernel begins with "
+              "await_previous_kernels()");
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------- threads
@@ -89,6 +96,7 @@ void Machine::work(void* self) {
     Thread* thread = worker.thread;
     try {
       m.call_->run(*m.call_);
+      require_awaited(*thread, "its end");
     } catch (...) {
       m.error_ = std::current_exception();
     }
@@ -114,6 +122,7 @@ void Machine::work(void* self) {
 
 void Machine::wait(State state, Place place) {
   Thread& me = *current_;
+  require_awaited(me, place.what);
   me.state = state;
   me.place = place;
   Thread* next = advance();
@@ -198,6 +207,7 @@ void Machine::run_block(unsigned long long block) {
   std::memset(shared, 0xff, call_->shared_bytes + kGuard);
   for (Thread& thread : threads_) {
     thread.state = State::fresh;
+    thread.awaited = false;
     thread.copies.clear();
     thread.groups.clear();
   }

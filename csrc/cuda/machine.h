@@ -46,6 +46,7 @@ struct Worker {
 struct Thread {
   unsigned index = 0;
   State state = State::fresh;
+  bool awaited = false;  // the kernels before
   Place place = {};
   Worker* worker = nullptr;
   std::vector<Copy> copies;         // issued and not landed, oldest first

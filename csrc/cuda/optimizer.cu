@@ -83,6 +83,7 @@ FM_DEVICE void adam_element(const math::AdamRule<S>& r, const AdamTensor<S>& t, 
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p) {
+  await_previous_kernels();
   AdamShared<S>* shared = shared_memory<AdamShared<S>>();
   const int index = p.list.of_block(blockIdx.x);
   const AdamTensor<S>& t = p.list.tensors[index];
@@ -144,6 +145,7 @@ FM_DEVICE void sgd_element(const math::SgdRule<S>& r, const SgdTensor<S>& t, ind
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) sgd_kernel(const SgdParams<S> p) {
+  await_previous_kernels();
   const int index = p.list.of_block(blockIdx.x);
   const SgdTensor<S>& t = p.list.tensors[index];
   math::SgdRule<S> r = p.rule;

@@ -93,6 +93,7 @@ FM_DEVICE void for_windows(const PoolParams<S>& p, const Place& at, Body&& body)
 
 template <class S, int W, Pool Kind>
 FM_KERNEL void __launch_bounds__(kThreads, 1) pool_kernel(const PoolParams<S> p) {
+  await_previous_kernels();
   constexpr bool kAdjoint = Kind == Pool::scatter || Kind == Pool::spread;
   const unsigned item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;

@@ -1,11 +1,11 @@
 // A resident task, as its block goes through it (task_resident.cu has the formulas).
 //
-// A pass over the network has two barriers a stage. Forward, each stage is a product and a barrier;
-// the last one, whose outputs the loss needs together, gives a sample to kDotLanes lanes, which go
-// on to its loss. Backward, between two barriers stand the adjoint of stage l (it reads w_l, or in
-// a tangent also lambda_l) and the update of stage l + 1 (it writes w or lambda there), which have
-// nothing in common; stages 1 and 0 are updated together. The loss is summed up beside the
-// adjoints.
+// A pass over L stages has 2 L - 1 barriers (of one stage, two). Forward, each stage is a product
+// and a barrier; the last one, whose outputs the loss needs together, gives a sample to kDotLanes
+// lanes, which go on to its loss and, without a barrier, to the adjoint of its inputs. Backward,
+// between two barriers stand the adjoint of stage l (it reads w_l, or in a tangent also lambda_l)
+// and the update of stage l + 1 (it writes w or lambda there), which have nothing in common; stages
+// 1 and 0 are updated together. The loss is summed up beside the adjoints.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -178,7 +178,7 @@ class ResidentBlock {
     loss(inner, theta, tape);
     __syncthreads();
     FM_NO_UNROLL
-    for (int l = at_.depth - 1; l >= 0; --l) {
+    for (int l = first_update(); l >= 0; --l) {
       if (l > 0) {
         const Stage &s = at_.stages[l], &before = at_.stages[l - 1];
         columns<S>(
@@ -192,7 +192,7 @@ class ResidentBlock {
               }
             });
       }
-      if (!inner && l + 1 == at_.depth) sum_losses(k);
+      if (!inner && l == first_update()) sum_losses(k);
       FM_NO_UNROLL
       for (int u = l + 1; u >= (l == 0 ? 0 : l + 1); --u) {
         if (u == at_.depth) continue;
@@ -203,13 +203,16 @@ class ResidentBlock {
     }
   }
 
+  // The stage whose adjoint stands beside the first update, that of the last stage.
+  FM_DEVICE int first_update() const { return max_of(at_.depth - 2, 0); }
+
   // Stage 0 from the first thread on, the others from the last one back.
   static FM_DEVICE int turn(int stage) {
     return stage == 0 ? int(threadIdx.x) : int(kResidentThreads - 1 - threadIdx.x);
   }
 
-  // Calls body(n, first lane of the sample) for the samples of a warp, by all lanes of each sample;
-  // lanes beyond the samples come along with the last one, never as a first lane.
+  // Calls body(n, lane of the sample) for the samples of a warp, by all lanes of each sample; lanes
+  // beyond the samples come along with the last one, as lane kDotLanes.
   template <class Body>
   static FM_DEVICE void by_dots(int count, Body&& body) {
     const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
@@ -217,33 +220,46 @@ class ResidentBlock {
     for (int base = warp * kDotsOfWarp; base < count;
          base += int(kResidentThreads / kWarp) * kDotsOfWarp) {
       const int n = base + lane / kDotLanes;
-      body(min_of(n, count - 1), n < count && lane % kDotLanes == 0);
+      body(min_of(n, count - 1), n < count ? lane % kDotLanes : kDotLanes);
     }
   }
 
-  // The last stage and the loss: dz, and for the query what sum_losses adds up.
+  // The last stage and the loss: dz, for the query what sum_losses adds up, and dx.
   FM_DEVICE void loss(bool inner, const S* theta, S* tape) const {
     const ResidentSamples& samples = inner ? at_.support : at_.query;
     const Stage& s = last();
     const S* x = input(at_.depth - 1, samples, tape);
-    by_dots(samples.count, [&](int n, bool first) {
+    by_dots(samples.count, [&](int n, int lane) {
+      const bool first = lane == 0;
       FM_NO_UNROLL
       for (int o = 0; o < s.outputs(); ++o) {
         S z = dot<S>(s.inputs(), x + n * s.x_row, {theta + s.w, s.w_row, 1}, S(1), nullptr, {}, o);
         if (s.has_bias()) z += theta[s.b + o];
         if (first) put_activation(s, tape, n * s.row + o, z);
       }
-      if (!first) return;
-      S* dz = tape + s.d + n * s.row;
-      const SampleLoss found = Loss::value(targets(inner), n, tape + s.a + n * s.row, dz);
-      if (s.slope >= 0) {
-        for (int o = 0; o < s.outputs(); ++o) put_adjoint(s, tape, n * s.row + o, dz[o]);
+      if (first) loss_of(inner, n, tape);
+      if (at_.depth == 1) return;
+      __syncwarp();
+      const Stage& before = at_.stages[at_.depth - 2];
+      for (int i = lane; lane < kDotLanes && i < s.inputs(); i += kDotLanes) {
+        const S da = short_dot<S>(s.outputs(), tape + s.d + n * s.row, theta + s.w + i * s.w_row,
+                                  S(1), nullptr, nullptr);
+        put_adjoint(before, tape, n * before.row + i, da);
       }
-      if (inner) return;
-      double* values = reinterpret_cast<double*>(memory_);
-      values[n] = found.value;
-      if (Loss::kAccuracy) values[samples.count + n] = double(found.hit);
     });
+  }
+
+  FM_DEVICE void loss_of(bool inner, int n, S* tape) const {
+    const Stage& s = last();
+    S* dz = tape + s.d + n * s.row;
+    const SampleLoss found = Loss::value(targets(inner), n, tape + s.a + n * s.row, dz);
+    if (s.slope >= 0) {
+      for (int o = 0; o < s.outputs(); ++o) put_adjoint(s, tape, n * s.row + o, dz[o]);
+    }
+    if (inner) return;
+    double* values = reinterpret_cast<double*>(memory_);
+    values[n] = found.value;
+    if (Loss::kAccuracy) values[at_.query.count + n] = double(found.hit);
   }
 
   // By the last warp, which has least to do meanwhile.
@@ -292,7 +308,7 @@ class ResidentBlock {
     __syncthreads();
     const Target<S> target{lambda(), lambda(), S(-1), nullptr};
     FM_NO_UNROLL
-    for (int l = at_.depth - 1; l >= 0; --l) {
+    for (int l = first_update(); l >= 0; --l) {
       if (l > 0) {
         const Stage &s = at_.stages[l], &before = at_.stages[l - 1];
         columns<S>(
@@ -321,23 +337,35 @@ class ResidentBlock {
     const Stage& s = last();
     const S *v = lambda(), *x = input(at_.depth - 1, at_.support, tape);
     const S* tx = at_.depth > 1 ? tangent + at_.stages[at_.depth - 2].ta : nullptr;
-    by_dots(at_.support.count, [&](int n, bool first) {
+    by_dots(at_.support.count, [&](int n, int lane) {
       const int in = n * s.x_row, row = n * s.row;
       FM_NO_UNROLL
       for (int o = 0; o < s.outputs(); ++o) {
         S tz = dot<S>(s.inputs(), x + in, {v + s.w, s.w_row, 1}, a_k[s.segment],
                       tx ? tx + in : nullptr, {theta + s.w, s.w_row, 1}, o);
         if (s.has_bias()) tz += a_k[s.segment + 1] * v[s.b + o];
-        if (first) put_tangent(s, tape, tangent, row + o, tz);
+        if (lane == 0) put_tangent(s, tape, tangent, row + o, tz);
       }
-      if (!first) return;
-      S* tdz = tangent + s.td + row;
-      Loss::hessian(targets(true), n, tape + s.a + row, tangent + s.ta + row, tdz);
-      if (s.slope < 0) return;
-      for (int o = 0; o < s.outputs(); ++o) {
-        put_tangent_adjoint(s, tape, tangent, row + o, tdz[o]);
+      if (lane == 0) hessian_of(n, tape, tangent);
+      if (at_.depth == 1) return;
+      __syncwarp();
+      const Stage& before = at_.stages[at_.depth - 2];
+      for (int i = lane; lane < kDotLanes && i < s.inputs(); i += kDotLanes) {
+        const int w = s.w + i * s.w_row;
+        const S tda = short_dot<S>(s.outputs(), tape + s.d + row, v + w, a_k[s.segment],
+                                   tangent + s.td + row, theta + w);
+        put_tangent_adjoint(before, tape, tangent, n * before.row + i, tda);
       }
     });
+  }
+
+  FM_DEVICE void hessian_of(int n, const S* tape, S* tangent) const {
+    const Stage& s = last();
+    const int row = n * s.row;
+    S* tdz = tangent + s.td + row;
+    Loss::hessian(targets(true), n, tape + s.a + row, tangent + s.ta + row, tdz);
+    if (s.slope < 0) return;
+    for (int o = 0; o < s.outputs(); ++o) put_tangent_adjoint(s, tape, tangent, row + o, tdz[o]);
   }
 
   const ResidentParams<S>& p_;

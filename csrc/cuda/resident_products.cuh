@@ -1,7 +1,7 @@
 // The three products of a resident task, each for one operand pair or two, the second of a tangent.
 //
 //   columns  c[n, j] = sum_k a[n, k] b[k, j]   a: rows of samples; b: w along rows or along columns
-//   dots     the same for few columns, by kDotLanes lanes a sample, which then holds the sum
+//   dots     the same for few columns, by kDotLanes lanes a sample, which then hold the sum
 //   update   w[i, o] = base[i, o] + factor sum_n x[n, i] d[n, o], and the bias as if x were 1
 //
 // A thread's tile of `columns` is kTileSamples samples of a column: it reads b by single elements,
@@ -89,6 +89,18 @@ FM_DEVICE S dot(int depth, const S* a0, const Factor<S>& b0, S scale, const S* a
   for (int distance = kDotLanes / 2; distance > 0; distance /= 2) {
     sum += warp_shuffle_xor(sum, distance);
   }
+  return sum;
+}
+
+// scale a0 b0 + a1 b1 over few columns, by one lane; the second pair may be missing (a null a1).
+template <class S>
+FM_DEVICE S short_dot(int depth, const S* a0, const S* b0, S scale, const S* a1, const S* b1) {
+  S sum = S(0);
+  FM_NO_UNROLL
+  for (int k = 0; k < depth; ++k) sum += a0[k] * b0[k];
+  sum *= scale;
+  FM_NO_UNROLL
+  for (int k = 0; a1 && k < depth; ++k) sum += a1[k] * b1[k];
   return sum;
 }
 

@@ -5,8 +5,8 @@
 // Distinct picks hang on the picks before them: a block takes an episode, its first thread picks
 // the classes, then a thread picks the drawings of a class. Shared memory holds the picks in
 // ascending order, in 32 bits. Images stay uint8 and unturned; a gather turns, inverts and scales
-// them. The stream is moved on by the gather, which doesn't read it, and behind waves by a launch
-// of one warp.
+// them. The stream is moved on by the gather, which doesn't read it, and by the last block of waves
+// to have read it.
 #include "cuda/sampling.h"
 
 #include <cmath>
@@ -34,18 +34,21 @@ struct WordParams {
 };
 
 FM_KERNEL void task_words_kernel(const WordParams p) {
+  await_previous_kernels();
   const std::uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= p.items) return;
   p.words[item] = word_of(p.key, p.first + item / p.count, p.plane, item % p.count);
 }
 
-struct AdvanceParams {
-  tasks::DeviceStream* stream;
-  std::uint64_t tasks;
-};
-
-FM_KERNEL void advance_kernel(const AdvanceParams p) {
-  if (threadIdx.x == 0) p.stream->next += p.tasks;
+// Behind a block's reads of the stream, by all its threads: the last block moves it on.
+FM_DEVICE void leave_stream(tasks::DeviceStream* stream, std::uint64_t tasks) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();  // read before it is said to be
+  if (atomicAdd(&stream->arrivals, 1u) + 1 != gridDim.x) return;
+  __threadfence();
+  stream->next += tasks;
+  stream->arrivals = 0;
 }
 
 // -- waves ----------------------------------------------------------------------------------------
@@ -57,8 +60,8 @@ struct Uniform {
 
 template <class S>
 struct SinusoidParams {
-  const tasks::DeviceStream* stream;
-  std::uint32_t support, queries, items;  // items: T (S + Q)
+  tasks::DeviceStream* stream;
+  std::uint32_t tasks, support, queries, items;  // items: T (S + Q)
   Uniform<S> amplitude, phase, x;
   bool moderate;
   S *support_x, *support_y, *query_x, *query_y, *amplitudes, *phases;
@@ -74,10 +77,12 @@ FM_DEVICE S number(std::uint64_t key, std::uint64_t task, std::uint32_t i,
 
 template <class S>
 FM_KERNEL void sinusoid_kernel(const SinusoidParams<S> p) {
+  await_previous_kernels();
   const std::uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
-  if (item >= p.items) return;
   const std::uint32_t each = p.support + p.queries, t = item / each, i = item % each;
   const std::uint64_t key = p.stream->key, task = p.stream->next + t;
+  leave_stream(p.stream, p.tasks);
+  if (item >= p.items) return;
   const S a = number(key, task, 0, p.amplitude), shift = number(key, task, 1, p.phase);
   const S x = number(key, task, 2 + i, p.x);
   S y;
@@ -121,6 +126,7 @@ FM_DEVICE std::uint32_t pick_distinct(std::uint32_t word, std::uint32_t n, int i
 }
 
 FM_KERNEL void episode_kernel(const EpisodeParams p) {
+  await_previous_kernels();
   const int each = p.shots + p.queries, thread = int(threadIdx.x);
   std::uint32_t* classes = shared_memory<std::uint32_t>();  // [ways] as picked
   std::uint32_t* sorted = classes + p.ways;                 // [ways]
@@ -168,6 +174,7 @@ FM_DEVICE index_t turned(const tasks::Images& m, int quarter, int h, int w) {
 
 template <class S>
 FM_KERNEL void gather_images_kernel(const GatherParams<S> p) {
+  await_previous_kernels();
   const tasks::Images& m = p.images;
   if (p.places.stream && blockIdx.x == 0 && threadIdx.x == 0) {
     p.places.stream->next += std::uint64_t(p.places.tasks);
@@ -207,6 +214,7 @@ void sinusoids(const tasks::Sinusoids<S>& c, tasks::DeviceStream* stream, const 
   if (items == 0) return;
   const bool moderate = sizeof(S) == 4 && largest(c.x) + largest(c.phase) < math::kSineRange;
   const SinusoidParams<S> p{stream,
+                            std::uint32_t(c.stream.tasks),
                             std::uint32_t(c.support),
                             std::uint32_t(c.queries),
                             std::uint32_t(items),
@@ -221,7 +229,6 @@ void sinusoids(const tasks::Sinusoids<S>& c, tasks::DeviceStream* stream, const 
                             c.amplitudes,
                             c.phases};
   launch(sinusoid_kernel<S>, flat_blocks(items, "waves"), kThreads, 0, exec, p);
-  launch(advance_kernel, 1, kWarp, 0, exec, {stream, std::uint64_t(c.stream.tasks)});
 }
 
 void episodes(const tasks::Episodes& c, const tasks::DeviceStream* stream,

@@ -3,7 +3,7 @@
 //
 // Where a stream stands is device memory as well, which a draw reads and moves on. So a draw can be
 // captured in a graph, and gives the tasks that follow whenever it is replayed. The stream is moved
-// by the last launch of a draw, when nobody reads it any more.
+// when nobody in a draw reads it any more.
 //
 // Knows nothing of launches, so that the binding can include it whatever it is compiled by.
 #pragma once
@@ -17,7 +17,8 @@ namespace fm::tasks {
 
 // Takes the place of key and first of a `Stream`.
 struct DeviceStream {
-  std::uint64_t key = 0, next = 0;  // number of the next task
+  std::uint64_t key = 0, next = 0;    // number of the next task
+  unsigned arrivals = 0, unused = 0;  // blocks of a draw that have read it; 0 between draws
 };
 
 // Rows and labels of episodes: support [T, ways, shots], query [T, ways, queries]. A row is

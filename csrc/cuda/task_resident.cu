@@ -13,15 +13,16 @@
 //
 // All K + 1 sets of parameters, lambda, the samples and the tapes are in shared memory
 // (resident_layout.h); one launch reads tensors of the model and writes lambda_0 of every task, and
-// a second, small one means over tasks in ascending order. So a meta-gradient is two launches.
+// a second, small one means over tasks in ascending order, losses too. So a meta-gradient is two
+// launches.
 //
 // Predicted for an H100, never measured: 1-40-40-1 with 10 samples, one step, 25 tasks. A task has
-// 19 barriers (one behind the load, six for each of three passes), 12 products of 16 000
+// 16 barriers (one behind the load, five for each of three passes), 12 products of 16 000
 // multiply-adds at 350 to 600 cycles each, and some 10 small phases of 150: 6 000 to 8 500 cycles,
-// 3.5 to 5 us at 1.7 GHz, with 1 us to load. With both launches in a graph and the two of Adam, the
-// meta-step should take 11 to 14 us.
+// 3.5 to 5 us at 1.7 GHz, with 1 us to load.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/mean_loss.cuh"
 #include "cuda/resident_block.cuh"
 
 namespace FM_CUDA {
@@ -30,6 +31,7 @@ namespace {
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kResidentThreads, 1)
     resident_task_kernel(const ResidentParams<S> p) {
+  await_previous_kernels();
   ResidentBlock<S, Loss>(p).run();
 }
 
@@ -40,12 +42,19 @@ struct ResidentMeanParams {
   int tasks;
   int offset[2 * kResidentStages], count[2 * kResidentStages];  // of tensors in a row
   S* out[2 * kResidentStages];
+  int tensors;
+  MeanLoss<S> loss;  // wanted if there are more rows of blocks than tensors
 };
 
-// A thread takes an element of the tensor that blockIdx.y names.
+// A thread takes an element of the tensor that blockIdx.y names; behind them, a block the losses.
 template <class S>
 FM_KERNEL void resident_mean_kernel(const ResidentMeanParams<S> p) {
+  await_previous_kernels();
   const int tensor = int(blockIdx.y), e = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (tensor == p.tensors) {
+    if (blockIdx.x == 0) p.loss.by_block(shared_memory<double>());
+    return;
+  }
   if (e >= p.count[tensor]) return;
   const S* value = p.rows + p.offset[tensor] + e;
   double sum = 0;
@@ -76,8 +85,13 @@ void mean(const ResidentLayout<S>& at, const ResidentCall<S>& call, const Reside
     add(s.weight, s.inputs() * s.outputs(), batch.gradients[s.segment]);
     if (s.has_bias()) add(s.bias, s.outputs(), batch.gradients[s.segment + 1]);
   }
-  const dim3 grid(unsigned(divide_up(largest, kMeanThreads)), tensors);
-  launch(resident_mean_kernel<S>, grid, kMeanThreads, 0, exec, p);
+  p.tensors = int(tensors);
+  if (batch.mean_loss) {
+    p.loss = MeanLoss<S>::of(call.tasks, call.steps + 1, call.loss_weights, batch.loss,
+                             batch.accuracy, batch.mean_loss);
+  }
+  const dim3 grid(unsigned(divide_up(largest, kMeanThreads)), tensors + (batch.mean_loss ? 1 : 0));
+  launch(resident_mean_kernel<S>, grid, kMeanThreads, kWarp * sizeof(double), exec, p);
 }
 
 template <class S>

@@ -6,6 +6,7 @@
 // Sums are in double and of fixed order: of a segment over a block, of rows in ascending order.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/mean_loss.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/reduce.cuh"
 
@@ -35,6 +36,7 @@ struct MapParams {
 
 template <class S, Map Kind>
 FM_KERNEL void __launch_bounds__(kThreads, 1) map_kernel(const MapParams<S> p) {
+  await_previous_kernels();
   const index_t task = blockIdx.y;
   const S* a = p.a.data ? p.a.of(task) : nullptr;
   const S* b = p.b.data ? p.b.of(task) : nullptr;
@@ -107,6 +109,7 @@ struct SegmentParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) rates_kernel(const SegmentParams<S> p) {
+  await_previous_kernels();
   const Segment segment = p.rates.segments[blockIdx.y];
   const index_t task = blockIdx.z, end = segment.offset + segment.count;
   const S* base = p.base.data ? p.base.of(task) : nullptr;
@@ -149,6 +152,7 @@ struct DotParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) segment_dots_kernel(const DotParams<S> p) {
+  await_previous_kernels();
   const Segment segment = p.segments[blockIdx.x];
   const index_t task = blockIdx.y, end = segment.offset + segment.count;
   const S *g = p.g.of(task), *v = p.v.of(task);
@@ -184,6 +188,7 @@ constexpr int kMeanWarps = int(kThreads / kWarp);
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<S> p) {
+  await_previous_kernels();
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
   const index_t j = p.begin + index_t(blockIdx.x) * kWarp + lane;
   double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
@@ -209,6 +214,21 @@ void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* val
 }
 
 template <class S>
+FM_KERNEL void __launch_bounds__(kThreads, 1) mean_loss_kernel(const MeanLoss<S> p) {
+  await_previous_kernels();
+  p.by_block(shared_memory<double>());
+}
+
+template <class S>
+void mean_loss(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
+               S* out, const Exec& exec) {
+  for (index_t first = 0; first < n; first += kLossWeights) {
+    launch(mean_loss_kernel<S>, 1, kThreads, kWarp * sizeof(double), exec,
+           MeanLoss<S>::of(tasks, n, weights, loss, accuracy, out, first));
+  }
+}
+
+template <class S>
 struct RateParams {
   int rows, n;
   const std::uint8_t* adapted;
@@ -220,6 +240,7 @@ struct RateParams {
 // A thread takes a rate, or with `sum` those of a step.
 template <class S>
 FM_KERNEL void rate_table_kernel(const RateParams<S> p) {
+  await_previous_kernels();
   const int item = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (item >= (p.sum ? p.rows : p.rows * p.n)) return;
   if (!p.sum) {
@@ -259,6 +280,7 @@ struct MoveParams {
 
 template <class S, bool Scatter>
 FM_KERNEL void __launch_bounds__(kThreads, 1) move_kernel(const MoveParams<S> p) {
+  await_previous_kernels();
   const Move<S>& m = p.moves[blockIdx.y];
   const S* src = m.src.of(blockIdx.z);
   S* dst = m.dst.of(blockIdx.z);
@@ -304,6 +326,7 @@ struct TransposeParams {
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) to_channels_last_kernel(const TransposeParams<S> p) {
+  await_previous_kernels();
   S* tile = shared_memory<S>();  // [kTileChannels, kTilePixels + 1]
   const unsigned tiles = unsigned(p.across) * unsigned(p.down);
   const int place = int(blockIdx.x % tiles);
@@ -340,10 +363,10 @@ void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src,
 
 template <class S>
 VectorOps<S> vector_ops() {
-  return {descend<S>,          scale_by_rates<S>, segment_dots<S>, negative_product<S>,
-          update<S>,           fill<S>,           copy<S>,         add<S>,
-          mean_rows<S>,        nullptr,           move<S, false>,  move<S, true>,
-          to_channels_last<S>, spread_rates<S>,   collect_rates<S>};
+  return {descend<S>,          scale_by_rates<S>, segment_dots<S>,  negative_product<S>,
+          update<S>,           fill<S>,           copy<S>,          add<S>,
+          mean_rows<S>,        nullptr,           move<S, false>,   move<S, true>,
+          to_channels_last<S>, spread_rates<S>,   collect_rates<S>, mean_loss<S>};
 }
 
 template VectorOps<float> vector_ops();

@@ -60,6 +60,10 @@ class MetaGradient {
       });
       rates_.store(shared_ + plan_.mean, call_.rate_gradient);
     }
+    if (call_.loss) {
+      backend_.vector.mean_loss(call_.tasks, call_.steps + 1, call_.loss_weights.data(),
+                                call_.query_loss, call_.query_accuracy, call_.loss, call_.exec);
+    }
   }
 
  private:
@@ -78,7 +82,8 @@ class MetaGradient {
                                  call_.support.y,
                                  call_.query.y,
                                  call_.query_loss,
-                                 call_.query_accuracy};
+                                 call_.query_accuracy,
+                                 call_.loss};
     backend_.resident.all(resident_, batch, call_.exec);
   }
 

@@ -73,6 +73,9 @@ struct MetaCall : Call<S> {
   // memory is the host's.
   double* query_loss = nullptr;
   double* query_accuracy = nullptr;  // [T, K + 1]
+  // Unless the backend's memory is the host's: the weighted query loss, mean over tasks, and then
+  // the others are NaN where the weight is zero. Null: not wanted.
+  S* loss = nullptr;
 };
 
 // Adapts every task; evaluates on the query samples after each step when there are any.

@@ -120,6 +120,10 @@ struct VectorOps {
   // out[k]
   void (*collect_rates)(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
                         bool per_tensor, S* out, const Exec&);
+  // Where memory is not the host's: out = sum_k w_k (mean over t of loss[t, k]), and NaN in the
+  // columns of loss and accuracy [T, n] whose weight is zero; weights [n] are host memory
+  void (*mean_loss)(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
+                    S* out, const Exec&);
 };
 
 // Outer optimizers, a list of parameters (host memory) at a call. All pointers in it are to backend
@@ -190,7 +194,8 @@ struct ResidentBatch {
   const std::uint8_t* adapted;   // [segments] whether a tensor moves
   const S *support_x, *query_x;  // [T, N, in]
   const void *support_y, *query_y;
-  double *loss, *accuracy;  // [T, K + 1] of the query samples, left as they are without a weight
+  double *loss, *accuracy;  // [T, K + 1] of the query samples
+  S* mean_loss;             // as VectorOps::mean_loss; null: not wanted
 };
 
 struct ResidentSizes {

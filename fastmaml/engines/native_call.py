@@ -214,20 +214,19 @@ class PreparedCall:
     ) -> Outcome:
         """As `run`, without waiting for the results."""
         engine = self.engine
-        metrics = torch.full(
-            self._shape, torch.nan, dtype=torch.float64, device=engine._device
-        )
+        # by ours: each kernel of torch between them would have to be launched, too
+        metrics = engine._empty(self._shape, torch.float64)
+        loss = engine._empty((), self._dtype)
         with engine._lock:
             self._place(targets, keep)
             engine._launch_prepared(
                 self._call,
-                _native.addresses(samples),
+                _native.addresses((*samples, loss)),
                 support_last,
                 query_last,
                 metrics,
             )
             self._finish(targets)
-        loss = weighted_loss(metrics[0], self._weights).to(self._dtype)
         scores = math.nan if self._classes else None
         return Outcome(loss, math.nan, scores, self._tasks, metrics)
 

@@ -18,8 +18,9 @@ class DeviceStream(TaskStream):
     """A place in the endless stream of tasks of one key, in a device's memory.
 
     Attributes:
-        place: [2] int64 on the device: key and number of the next task, whose 64 bits
-            are those of the unsigned numbers. Never another tensor.
+        place: [3] int64 on the device: key and number of the next task, whose 64 bits
+            are those of the unsigned numbers, and what a draw counts with, zero behind
+            it. Never another tensor.
 
     Args:
         key: which stream, 64 bits.
@@ -30,7 +31,7 @@ class DeviceStream(TaskStream):
     place: torch.Tensor
 
     def __init__(self, key: int, task: int, device: torch.device) -> None:
-        self.place = _numbers(key, task).to(device)
+        self.place = _numbers(key, task, 0).to(device)
 
     @classmethod
     def of(cls, stream: TaskStream, device: torch.device) -> DeviceStream:
@@ -59,7 +60,7 @@ class DeviceStream(TaskStream):
 
     def move(self, key: int, task: int) -> None:
         """Goes to a place of any stream, in the same memory."""
-        self.place.copy_(_numbers(key, task))
+        self.place.copy_(_numbers(key, task, 0))
 
     def address(self) -> int:
         """Where the place is."""

@@ -220,6 +220,16 @@ int vector(const char* name, index_t double_precision, index_t tasks, index_t n,
   });
 }
 
+// [T, n] losses and accuracies
+int mean_loss(index_t double_precision, index_t tasks, index_t n, const double* weights,
+              double* loss, double* accuracy, void* out) {
+  return with_scalar(double_precision, [&](auto scalar) {
+    using S = decltype(scalar);
+    emulated::vector_ops<S>().mean_loss(tasks, n, weights, loss, accuracy, static_cast<S*>(out),
+                                        {});
+  });
+}
+
 // tensors of n[i] elements; index may hold nulls
 int move(index_t scatter, index_t double_precision, index_t tasks, index_t count, const index_t* n,
          const std::int32_t* const* index, const void* const* src, void* const* dst) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/inspect.h"
 #include "cuda/reduce.cuh"
 #include "cuda/tile.cuh"
 
@@ -34,6 +35,7 @@ FM_DEVICE void barrier() {
 // Reads what a thread further on has written.
 template <Barrier B>
 FM_KERNEL void reverse_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();
   const unsigned i = threadIdx.x;
   tile[i] = p.in[i];
@@ -44,6 +46,7 @@ FM_KERNEL void reverse_kernel(const Params p) {
 // Reads what a thread before has written: right in order, whatever the barrier.
 template <Barrier B>
 FM_KERNEL void previous_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();
   const unsigned i = threadIdx.x;
   tile[i] = p.in[i];
@@ -54,6 +57,7 @@ FM_KERNEL void previous_kernel(const Params p) {
 // Lanes of one warp exchange.
 template <Barrier B>
 FM_KERNEL void pairs_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();
   const unsigned i = threadIdx.x;
   tile[i] = p.in[i];
@@ -64,6 +68,7 @@ FM_KERNEL void pairs_kernel(const Params p) {
 // Two rounds through one tile: the second write must wait for the readers of the first.
 template <Barrier B>
 FM_KERNEL void reuse_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();
   const unsigned i = threadIdx.x;
   float sum = 0;
@@ -78,13 +83,26 @@ FM_KERNEL void reuse_kernel(const Params p) {
 
 // Blocks that hand on through global memory, which no barrier orders.
 FM_KERNEL void chain_kernel(const Params p) {
+  await_previous_kernels();
   if (threadIdx.x == 0) p.out[blockIdx.x] = blockIdx.x == 0 ? 1 : p.out[blockIdx.x - 1] + 1;
+}
+
+// ------------------------------------------------------------------- the kernels before
+
+template <int Fault>
+FM_KERNEL void await_kernel(const Params p) {
+  if (Fault == 0) await_previous_kernels();
+  if (Fault == 1 && threadIdx.x < 8) await_previous_kernels();
+  if (Fault == 2) __syncthreads();
+  if (Fault < 2 || Fault == 3) p.out[threadIdx.x] = p.in[threadIdx.x] + float(threadIdx.x + 1);
+  if (Fault > 1) await_previous_kernels();
 }
 
 // ------------------------------------------------------------------- divergent barriers
 
 template <int Fault>
 FM_KERNEL void diverge_kernel(const Params p) {
+  await_previous_kernels();
   const unsigned i = threadIdx.x;
   if (Fault == 0 && i >= 40) return;  // before a barrier
   if (Fault == 1) {
@@ -115,6 +133,7 @@ FM_KERNEL void diverge_kernel(const Params p) {
 
 template <int Fault>
 FM_KERNEL void bounds_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();  // [blockDim.x]
   const unsigned i = threadIdx.x, n = blockDim.x;
   if (Fault == 0) tile[i == 7 ? n : i] = p.in[i];  // writes behind the end
@@ -126,6 +145,7 @@ FM_KERNEL void bounds_kernel(const Params p) {
 
 template <int Fault>
 FM_KERNEL void copy_kernel(const Params p) {
+  await_previous_kernels();
   float* tile = shared_memory<float>();  // [2, blockDim.x, 4]
   const unsigned i = threadIdx.x, n = blockDim.x;
   const unsigned from = Fault == 1 && i == 7 ? 1 : 0;  // elements off
@@ -148,7 +168,10 @@ FM_KERNEL void copy_kernel(const Params p) {
   }
 }
 
-FM_KERNEL void nested_kernel(const Params p) { launch(chain_kernel, 1, 32, 0, {}, p); }
+FM_KERNEL void nested_kernel(const Params p) {
+  await_previous_kernels();
+  launch(chain_kernel, 1, 32, 0, {}, p);
+}
 
 }  // namespace FM_CUDA
 
@@ -182,6 +205,13 @@ void copies(const Params& p) {
   launch(Kernel, 1, kThreads, 8 * kBytes, {}, p);
 }
 
+// Reads memory that is closed to the host.
+template <int Fault>
+void awaits(const Params& p) {
+  const void* closed = device_memory(kThreads * sizeof(float));
+  launch(await_kernel<Fault>, 1, kThreads, 0, {}, {static_cast<const float*>(closed), p.out, p.n});
+}
+
 struct Case {
   Run run;
   Expect expect;
@@ -198,6 +228,10 @@ const std::map<std::string, Case> cases = {
     {"reuse", {block<reuse_kernel<Barrier::block>>, reused}},
     {"reuse without", {block<reuse_kernel<Barrier::none>>, reused}},
     {"chain", {[](const Params& p) { launch(chain_kernel, kThreads, 32, 0, {}, p); }, counted}},
+    {"await", {awaits<0>, counted}},
+    {"await by some", {awaits<1>, counted}},
+    {"await behind a barrier", {awaits<2>, counted}},
+    {"await too late", {awaits<3>, counted}},
     {"return", {[](const Params& p) { launch(diverge_kernel<0>, 3, kThreads, 0, {}, p); }, same}},
     {"two barriers", {block<diverge_kernel<1>>, same}},
     {"half a warp", {block<diverge_kernel<2>>, same}},

@@ -78,7 +78,8 @@ void run(const Call& c) {
                                c.support_y,
                                c.query_y,
                                c.query_loss,
-                               c.query_accuracy};
+                               c.query_accuracy,
+                               nullptr};
   emulated::shuffle_threads(std::uint64_t(c.seed));
   emulated::resident_ops<S>().all(call_of<S>(c, program), batch, {});
 }

@@ -25,6 +25,7 @@ struct Params {
 
 // out[linear thread] = its number; no barrier, so no fiber is switched to.
 FM_KERNEL void number_kernel(const Params p) {
+  await_previous_kernels();
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned i = block * blockDim.x + threadIdx.x;
   p.out[i] = float(i);
@@ -35,6 +36,7 @@ FM_KERNEL void number_kernel(const Params p) {
 // Reverses blocks through two buffers, the next one copied while the last one is read.
 template <int Bytes>
 FM_KERNEL void pipeline_kernel(const Params p) {
+  await_previous_kernels();
   constexpr int each = Bytes / 4;
   float* tile = shared_memory<float>();
   const int size = int(blockDim.x) * each, rounds = p.n / size + (p.n % size != 0);
@@ -66,6 +68,7 @@ struct WarpParams {
 };
 
 FM_KERNEL void warp_kernel(const WarpParams p) {
+  await_previous_kernels();
   const unsigned i = threadIdx.x, n = blockDim.x;
   const double v = p.in[i];
   p.out[i] = warp_shuffle(v, 5);
@@ -86,6 +89,7 @@ struct ReduceParams {
 };
 
 FM_KERNEL void reduce_kernel(const ReduceParams p) {
+  await_previous_kernels();
   double* partial = shared_memory<double>();
   const unsigned i = threadIdx.x, n = blockDim.x;
   double two[2] = {p.in[i], p.in[n + i]};
@@ -105,6 +109,7 @@ struct ProductParams {
 
 // Fragments loaded as the tables of the PTX ISA have them.
 FM_KERNEL void tf32_kernel(const ProductParams p) {
+  await_previous_kernels();
   const int lane = int(threadIdx.x), group = lane >> 2, in_group = lane % 4;
   unsigned a[4], b[2];
   float d[4];
@@ -124,6 +129,7 @@ FM_KERNEL void tf32_kernel(const ProductParams p) {
 }
 
 FM_KERNEL void bf16_kernel(const ProductParams p) {
+  await_previous_kernels();
   const int lane = int(threadIdx.x), group = lane >> 2, in_group = lane % 4;
   float a[8], b[4], d[4];
   for (int i = 0; i < 8; ++i) {
@@ -148,6 +154,7 @@ FM_KERNEL void bf16_kernel(const ProductParams p) {
 
 // out[3, n]: to_tf32, and the two parts of split_tf32.
 FM_KERNEL void split_kernel(const Params p) {
+  await_previous_kernels();
   const int i = int(threadIdx.x);
   unsigned big, small;
   split_tf32(p.in[i], big, small);
