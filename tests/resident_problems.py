@@ -90,6 +90,12 @@ NOT = [
 ]
 # The CPU's vectors need an adjoint of the first stage's inputs there.
 ONE_OUTPUT_FIRST = regression("one-output-first", 3, 1, 4)
+# Few samples beside the widths: the CPU forms no product of the last step.
+LOW_RANK = [
+    regression("low-rank", 3, 48, 50, 2, samples=17, activation=nn.Softplus),
+    regression("low-rank-relu", 2, 24, 41, 19, 1, samples=6),
+    classes("low-rank-classes", 4, 40, 30, 3, activation=nn.Tanh),
+]
 POLICY = Problem(
     "policy-chain",
     chain(2, 19, 6, activation=nn.Tanh),

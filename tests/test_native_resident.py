@@ -21,7 +21,14 @@ from native_cases import (
     threads,
 )
 from problem import Problem
-from resident_problems import CLASSES, NOT, ONE_OUTPUT_FIRST, RESIDENT, SINUSOID
+from resident_problems import (
+    CLASSES,
+    LOW_RANK,
+    NOT,
+    ONE_OUTPUT_FIRST,
+    RESIDENT,
+    SINUSOID,
+)
 
 from fastmaml import _native
 from fastmaml.engines import Rates
@@ -115,6 +122,22 @@ def test_rates_with_step_weights(problem, layout, per_step, first_order):
     rates = rates_of(problem, c.model, layout, per_step=per_step, steps=3)
     weights = [0.5, 0.0, 0.3, 0.2]
     check(c, rates=rates, steps=3, loss_weights=weights, first_order=first_order)
+
+
+@pytest.mark.parametrize("isa", _native.core().build_info()["isas"])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("layout", ["scalar", "per_tensor"])
+@pytest.mark.parametrize("problem", LOW_RANK, ids=str)
+def test_last_steps_of_low_rank(problem, layout, first_order, isa):
+    backends.cpu_alone()
+    c = case(problem, 3)
+    with instruction_set(isa):
+        for dtype in DTYPES:
+            for weights in ([0.0, 1.0], [0.4, 0.0, 0.3], [0.0, 0.0, -0.5]):
+                steps = len(weights) - 1
+                rates = rates_of(problem, c.model, layout, per_step=True, steps=steps)
+                options = {"loss_weights": weights, "first_order": first_order}
+                check(c, dtype, rates=rates, steps=steps, **options)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 0.0, 0.0], [0.2, 0.8, 0.0]], ids=str)

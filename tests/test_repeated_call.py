@@ -39,6 +39,21 @@ def settled(accumulate, **options):
     return learner
 
 
+def forget(learner):
+    for p in learner.parameters():
+        p.grad = None
+
+
+def unset(accumulate, **options):
+    """The same of a loop that sets gradients to ``None``, as `zero_grad` does."""
+    learner = MAML(network(), engine="native", **options)
+    for _ in range(2):
+        forget(learner)
+        learner.backward(batch(), accumulate=accumulate)
+    forget(learner)
+    return learner
+
+
 def check(learner, tasks, accumulate, times=3):
     """Calls, compared with autograd on top of what ``.grad`` holds."""
     # of its own: a meta-loss of this learner would make it look at everything again
@@ -90,6 +105,61 @@ def test_the_third_call_takes_the_short_way(accumulate, learn_rates, short_way):
     assert short_way["again"] == before["again"] + 3
     assert short_way["run"] == before["run"]
     check(learner, batch(seed=5), accumulate)
+
+
+@MODES
+@pytest.mark.parametrize("learn_rates", [False, True])
+def test_gradients_set_to_none_take_the_short_way(accumulate, learn_rates, short_way):
+    learner = unset(accumulate, learn_rates=learn_rates)
+    before = dict(short_way)
+    for seed in range(3):
+        forget(learner)
+        learner.backward(batch(seed=seed), accumulate=accumulate)
+    assert short_way["again"] == before["again"] + 3
+    assert short_way["run"] == before["run"]
+    forget(learner)
+    check(learner, batch(seed=5), accumulate)
+
+
+@MODES
+def test_gradients_set_to_none_come_back_as_other_tensors(accumulate):
+    learner = unset(accumulate)
+    held = []
+    for seed in range(4):
+        forget(learner)
+        check(learner, batch(seed=seed), accumulate, times=1)
+        held.append([(p.grad, p.grad.clone()) for p in learner.parameters()])
+    # and once more where the last ones stay
+    check(learner, batch(seed=9), accumulate)
+    for gradient, value in sum(held[:-1], []):
+        assert torch.equal(gradient, value)
+    tensors = [gradient for gradient, _ in sum(held, [])]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+    for p in learner.parameters():
+        assert p.grad.is_contiguous() and not p.grad.requires_grad
+        assert p.grad.untyped_storage().nbytes() == 8 * p.numel()
+
+
+@MODES
+def test_some_gradients_set_to_none(accumulate):
+    learner = unset(accumulate)
+    check(learner, batch(), accumulate, times=1)
+    for _ in range(2):
+        next(learner.parameters()).grad = None
+        check(learner, batch(seed=3), accumulate, times=1)
+
+
+def test_gradients_set_to_none_stay_so_if_tasks_are_refused():
+    learner = MAML(network().float(), loss="cross_entropy", engine="native")
+    b = batch()
+    x, labels = b.support_x.float(), torch.zeros(3, 4, dtype=torch.int64)
+    for _ in range(3):
+        forget(learner)
+        learner.backward(TaskBatch(x, labels, x, labels))
+    forget(learner)
+    with pytest.raises(ValueError, match="support_y: classes run from 7"):
+        learner.backward(TaskBatch(x, labels + 7, x, labels))
+    assert all(p.grad is None for p in learner.parameters())
 
 
 def another_size(learner):
@@ -190,8 +260,31 @@ def test_changes_are_noticed(change, accumulate, read, monkeypatch):
 
 
 @MODES
-def test_a_hook_is_noticed(accumulate):
-    learner = settled(accumulate)
+@pytest.mark.parametrize("read", ["by the extension", "by Python"])
+@pytest.mark.parametrize(
+    "change",
+    [c for c in CHANGES if "gradient" not in c.__name__],
+    ids=lambda c: c.__name__,
+)
+def test_changes_are_noticed_without_gradients(change, accumulate, read, monkeypatch):
+    if read == "by Python":
+        monkeypatch.setattr(_native, "reader", lambda: None)
+    threads = fastmaml.get_num_threads()
+    fastmaml.set_num_threads(1)
+    try:
+        learner = unset(accumulate)
+        tasks = change(learner) or batch(seed=3)
+        for _ in range(3):
+            forget(learner)
+            check(learner, tasks, accumulate, times=1)
+    finally:
+        fastmaml.set_num_threads(threads)
+
+
+@MODES
+@pytest.mark.parametrize("start", [settled, unset])
+def test_a_hook_is_noticed(start, accumulate):
+    learner = start(accumulate)
     seen = []
     first = next(learner.parameters())
     first.register_post_accumulate_grad_hook(lambda p: seen.append(p))

@@ -58,6 +58,7 @@
 #include "cpu/vector_ops.inl.h"
 #include "cpu/optimizer.inl.h"
 #include "cpu/rows.inl.h"
+#include "cpu/resident_low_rank.inl.h"
 #include "cpu/row_tree.inl.h"
 #include "cpu/resident_plan.inl.h"
 #include "cpu/resident_products.inl.h"

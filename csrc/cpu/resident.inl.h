@@ -24,8 +24,8 @@ class Resident {
     double unused;
     for (index_t k = 0; k < K; ++k) {
       S* next = slot_ + at_.thetas + k * at_.params;
-      gradient(theta(k), support(), tape(k), {next, theta(k), S(-1), rates(k), true}, &unused,
-               &unused);
+      gradient(theta(k), support(), tape(k), {next, theta(k), S(-1), rates(k), true},
+               {false, k + 1 == K}, &unused, &unused);
     }
     S* lambda = slot_ + at_.lambda;
     if (call_.loss_weights[K] == 0) std::memset(lambda, 0, at_.params * sizeof(S));
@@ -82,52 +82,79 @@ class Resident {
     task_.loss[k] = task_.accuracy[k] = std::numeric_limits<double>::quiet_NaN();
     if (weight == 0) return;
     S* lambda = slot_ + at_.lambda;
-    const Target target{lambda, k == call_.steps ? nullptr : lambda, S(weight), nullptr,
+    const bool last = k == call_.steps;
+    const Target target{lambda, last ? nullptr : lambda, S(weight), nullptr,
                         k > 0 && !call_.first_order};
-    gradient(theta(k), query(), slot_ + at_.late, target, &task_.loss[k], &task_.accuracy[k]);
+    const LowRankStages low{last, last && !call_.first_order};
+    gradient(theta(k), query(), slot_ + at_.query, target, low, &task_.loss[k], &task_.accuracy[k]);
   }
 
   // lambda -= H_s(theta_k) [a_k (.) lambda]
   void chain_step(index_t k) const {
     S* lambda = slot_ + at_.lambda;
+    const bool last = k + 1 == call_.steps;
     if (call_.one_rate) {
       const S factor = -call_.one_rate[row(k)];
-      hessian_vector(theta(k), lambda, tape(k), {lambda, lambda, factor, nullptr, k > 0});
+      hessian_vector(theta(k), lambda, tape(k), {lambda, lambda, factor, nullptr, k > 0}, last);
     } else {
       S* v = slot_ + at_.direction;
-      scale_by_rates(rates(k), lambda, v);
-      hessian_vector(theta(k), v, tape(k), {lambda, lambda, S(-1), nullptr, k > 0});
+      scale_by_rates(rates(k), lambda, v, last);
+      hessian_vector(theta(k), v, tape(k), {lambda, lambda, S(-1), nullptr, k > 0}, last);
     }
   }
 
-  void scale_by_rates(const S* rates, const S* from, S* to) const {
+  void scale_by_rates(const S* rates, const S* from, S* to, bool last) const {
     const auto scale = [&](index_t begin, index_t n, S rate) {
       for (index_t i = begin; i < begin + n; ++i) to[i] = rate * from[i];
     };
     for (int l = 0; l < at_.depth; ++l) {
       const Stage& s = at_.stages[l];
       const S* rate = rates + s.layer->segment;
-      if (!s.single()) scale(s.w, s.in * s.out_row, rate[0]);
-      if (l > 0) scale(s.wt, s.out * s.in_row, rate[0]);
+      const bool formed = !(last && s.low_rank);
+      if (formed && !s.single()) scale(s.w, s.in * s.out_row, rate[0]);
+      if (formed && l > 0) scale(s.wt, s.out * s.in_row, rate[0]);
       if (s.layer->has_bias) scale(s.b, s.out_row, rate[1]);
     }
   }
 
   bool still(const Stage& s) const { return call_.one_rate && !call_.adapted[s.layer->segment]; }
 
-  void gradient(const S* theta, const Batch& batch, S* tape, const Target& target, double* value,
-                double* accuracy) const {
+  // What of the stages of low rank is not there: weights of theta_K, which is read, and of what is
+  // stored.
+  struct LowRankStages {
+    bool read, stored;
+  };
+
+  void gradient(const S* theta, const Batch& batch, S* tape, Target target,
+                const LowRankStages& without, double* value, double* accuracy) const {
+    const LowRank low(call_.support, call_.query);
+    const index_t before_last = max_of<index_t>(call_.steps - 1, 0);
+    const S *known = this->theta(before_last), *inner = this->tape(before_last);
+    S *gram = slot_ + at_.gram, *scratch = slot_ + at_.scratch;
     for (int l = 0; l < at_.depth; ++l) {
       const Stage& s = at_.stages[l];
+      const S* x = input(before(l), batch, tape);
       Operands pairs;
-      pairs.add(input(before(l), batch, tape), theta);
+      ScaledOperands first;
+      if (s.low_rank && without.read) {
+        low.grams(x, inner + before(l)->a, s.in, s.in_row, scratch, gram, slot_ + s.inputs);
+        first = low.of_query(gram, inner + s.d, -rates(before_last)[s.layer->segment]);
+        pairs.add(x, known);
+      } else {
+        pairs.add(x, theta);
+      }
       forward_product(s, pairs, s.layer->has_bias ? theta + s.b : nullptr, batch.count, s.relu,
-                      nullptr, tape + s.z);
+                      nullptr, tape + s.z, first);
       if (s.activation) {
         s.activation->forward(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a);
       }
     }
     loss(batch, tape, value, accuracy);
+    if (without.read && without.stored && target.factor != S(1)) {
+      S* dz = tape + last().da;
+      for (index_t i = 0; i < batch.count * last().out_row; ++i) dz[i] *= target.factor;
+      target.factor = S(1);
+    }
     for (int l = at_.depth; l-- > 0;) {
       const Stage& s = at_.stages[l];
       if (s.activation) {
@@ -136,25 +163,47 @@ class Resident {
       }
       const Stage* p = before(l);
       Operands adjoint, pairs;
-      if (p) adjoint.add(tape + s.d, theta + s.wt);
+      ScaledOperands first;
+      if (s.low_rank && without.read) {
+        low.grams(tape + s.d, inner + s.d, s.out, s.out_row, scratch, gram, slot_ + s.adjoints);
+        first = low.of_query(gram, inner + p->a, -rates(before_last)[s.layer->segment]);
+        adjoint.add(tape + s.d, known + s.wt);
+      } else if (p) {
+        adjoint.add(tape + s.d, theta + s.wt);
+      }
       pairs.add(input(p, batch, tape), tape + s.d);
-      backward_products(s, p, adjoint, pairs, batch.count, p ? tape + p->da : nullptr, target);
+      S* da = p ? tape + p->da : nullptr;
+      if (s.single()) {
+        single_products(s, p->relu, adjoint, pairs, batch.count, da, target);
+        continue;
+      }
+      if (p) adjoint_product(s, adjoint, batch.count, p->relu ? tape + p->a : nullptr, da, first);
+      if (!(s.low_rank && without.stored)) weight_products(s, !p, pairs, batch.count, target);
+      bias_sums(s, pairs, batch.count, target);
     }
   }
 
-  // tdw into the target, from the tape of the gradient there
-  void hessian_vector(const S* theta, const S* v, S* tape, const Target& target) const {
+  // tdw into the target, from the tape of the gradient there; v and what the target adds to are the
+  // last lambda or not
+  void hessian_vector(const S* theta, const S* v, S* tape, const Target& target, bool last) const {
     const Batch batch = support();
-    S* tangent = slot_ + at_.late;
+    const LowRank low(call_.support, call_.query);
+    const S* query = slot_ + at_.query;
+    S* tangent = slot_ + at_.tangent;
+    const auto rate = [&](const Stage& s) {
+      return call_.one_rate ? S(1) : rates(call_.steps - 1)[s.layer->segment];
+    };
     for (int l = 0; l < at_.depth; ++l) {
       const Stage& s = at_.stages[l];
       const Stage* p = before(l);
-      const bool moves = !still(s);
+      const bool moves = !still(s), low_rank = last && s.low_rank;
       Operands pairs;
-      pairs.add(input(p, batch, tape), moves ? v : nullptr);
+      ScaledOperands first;
+      if (low_rank && moves) first = low.of_support(slot_ + s.inputs, query + s.d, rate(s));
+      pairs.add(input(p, batch, tape), moves && !low_rank ? v : nullptr);
       pairs.add(p ? tangent + p->ta : nullptr, theta);
       forward_product(s, pairs, s.layer->has_bias && moves ? v + s.b : nullptr, batch.count, false,
-                      s.relu ? tape + s.a : nullptr, tangent + s.tz);
+                      s.relu ? tape + s.a : nullptr, tangent + s.tz, first);
       if (s.activation) {
         s.activation->slope(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a,
                             tangent + s.tz, tangent + s.ta);
@@ -168,14 +217,30 @@ class Resident {
         s.activation->curve(batch.count * s.out_row, s.alpha, tape + s.z, tape + s.a,
                             tangent + s.tz, tape + s.da, tangent + s.tda, tangent + s.td);
       }
+      const bool moves = !still(s), low_rank = last && s.low_rank;
       Operands adjoint, pairs;
+      ScaledOperands first;
       if (p) {
+        if (low_rank && moves) first = low.of_support(slot_ + s.adjoints, query + p->a, rate(s));
         adjoint.add(tangent + s.td, theta + s.wt);
-        adjoint.add(tape + s.d, still(s) ? nullptr : v + s.wt);
+        adjoint.add(tape + s.d, moves && !low_rank ? v + s.wt : nullptr);
       }
       pairs.add(input(p, batch, tape), tangent + s.td);
       pairs.add(p ? tangent + p->ta : nullptr, tape + s.d);
-      backward_products(s, p, adjoint, pairs, batch.count, p ? tangent + p->tda : nullptr, target);
+      S* tda = p ? tangent + p->tda : nullptr;
+      if (s.single()) {
+        single_products(s, p->relu, adjoint, pairs, batch.count, tda, target);
+        continue;
+      }
+      if (p) adjoint_product(s, adjoint, batch.count, p->relu ? tape + p->a : nullptr, tda, first);
+      if (low_rank) {
+        Operands base;
+        base.add(query + p->a, query + s.d);
+        weight_products(s, base, call_.query, pairs, batch.count, target);
+      } else {
+        weight_products(s, !p, pairs, batch.count, target);
+      }
+      bias_sums(s, pairs, batch.count, target);
     }
   }
 

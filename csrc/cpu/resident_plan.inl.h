@@ -80,6 +80,8 @@ struct Stage {
   index_t w = 0, wt = 0, b = 0;             // in a set of parameters
   index_t z = 0, a = 0, da = 0, d = 0;      // in a tape; without an activation z is a and d is da
   index_t tz = 0, ta = 0, tda = 0, td = 0;  // in a tangent, likewise
+  bool low_rank = false;                    // the last step is (resident_low_rank.inl.h)
+  index_t inputs = 0, adjoints = 0;         // in a slot: the transposed Gram matrices of that
 
   bool single() const { return out == 1; }
 };
@@ -88,7 +90,9 @@ struct Residence {
   Stage stages[kMaxStages];
   int depth = 0;
   index_t params = 0, tape = 0;  // elements of a set of parameters, and of a tape
-  index_t lambda = 0, direction = 0, thetas = 0, tapes = 0, late = 0, slot = 0;  // in a slot
+  // in a slot; the query samples' tape and a tangent only differ where both are needed at once
+  index_t lambda = 0, direction = 0, thetas = 0, tapes = 0, query = 0, tangent = 0, slot = 0;
+  index_t gram = 0, scratch = 0;  // in a slot, of steps of low rank
 
   // False: this call goes through its layers one by one.
   bool plan(const ResidentCall<S>& call) {
@@ -130,7 +134,10 @@ struct Residence {
 
   void place(const ResidentCall<S>& call) {
     const index_t samples = max_of(call.support, call.query);
-    Arena set, pass, tangent;
+    const bool adapts = call.steps > 0 && call.loss_weights[call.steps] != 0;
+    const LowRank last(call.support, call.query);
+    index_t columns = 0;  // of the scratch
+    Arena set, pass, along, grams;
     for (int l = 0; l < depth; ++l) {
       Stage& s = stages[l];
       s.in_row = l > 0 ? stages[l - 1].out_row : s.in;
@@ -141,13 +148,19 @@ struct Residence {
       const index_t n = samples * s.out_row;
       s.z = s.a = pass.take(n);
       s.d = s.da = pass.take(n);
-      s.tz = s.ta = tangent.take(n);
-      s.td = s.tda = tangent.take(n);
+      s.tz = s.ta = along.take(n);
+      s.td = s.tda = along.take(n);
+      s.low_rank = adapts && l > 0 && !s.single() && s.in * s.out >= samples * (s.in + s.out);
+      if (s.low_rank) {
+        s.inputs = grams.take(last.transposed());
+        s.adjoints = grams.take(last.transposed());
+        columns = max_of(columns, max_of(s.in, s.out));
+      }
       if (!s.activation) continue;
       s.a = pass.take(n);
       s.da = pass.take(n);
-      s.ta = tangent.take(n);
-      s.tda = tangent.take(n);
+      s.ta = along.take(n);
+      s.tda = along.take(n);
     }
     params = set.size();
     tape = pass.size();
@@ -157,7 +170,17 @@ struct Residence {
     // over the last theta, stage by stage as the query's backward is done with it
     lambda = thetas + max_of<index_t>(call.steps - 1, 0) * params;
     tapes = all.take((call.first_order ? 1 : call.steps) * tape);
-    late = all.take(max_of(tape, tangent.size()));  // never alive together
+    query = tangent = all.take(columns > 0 ? tape : max_of(tape, along.size()));
+    if (columns > 0) {
+      tangent = all.take(along.size());
+      gram = all.take(last.gram());
+      scratch = all.take(last.scratch(columns));
+      const index_t transposed = all.take(grams.size());
+      for (int l = 0; l < depth; ++l) {
+        stages[l].inputs += transposed;
+        stages[l].adjoints += transposed;
+      }
+    }
     slot = all.size();
   }
 };

@@ -39,12 +39,12 @@ inline void dots(const Stage& s, const Operands& pairs, const S* bias, index_t c
   }
 }
 
-// c [N, out_row] = bias + x w summed over pairs of x and a set of parameters
+// c [N, out_row] = bias + x w summed over pairs of x and a set of parameters, and `first`
 inline void forward_product(const Stage& s, Operands pairs, const S* bias, index_t count, bool relu,
-                            const S* mask, S* c) {
+                            const S* mask, S* c, const ScaledOperands& first) {
   for (int i = 0; i < pairs.count; ++i) pairs.pair[i].other += s.single() ? s.wt : s.w;
   if (s.single()) return dots(s, pairs, bias, count, c);
-  RowsProduct product{count, s.out_row, s.in, pairs, s.in_row, 1, c, {}};
+  RowsProduct product{count, s.out_row, s.in, pairs, s.in_row, 1, c, {}, first};
   product.epilogue.start = bias;
   product.epilogue.relu = relu;
   product.epilogue.mask = mask;
@@ -55,28 +55,60 @@ inline S target_rate(const Stage& s, index_t tensor, const ParameterTarget& t) {
   return t.rates ? t.factor * t.rates[s.layer->segment + tensor] : t.factor;
 }
 
-// c [N, in_row] = d w^T summed over pairs
+// c [N, in_row] = d w^T summed over pairs, and `first`
 inline void adjoint_product(const Stage& s, const Operands& pairs, index_t count, const S* mask,
-                            S* c) {
-  RowsProduct product{count, s.in_row, s.out, pairs, s.out_row, 1, c, {}};
+                            S* c, const ScaledOperands& first) {
+  RowsProduct product{count, s.in_row, s.out, pairs, s.out_row, 1, c, {}, first};
   product.epilogue.mask = mask;
   rows_product<false>(product);
 }
 
-inline void update_products(const Stage& s, bool first, const Operands& pairs, index_t count,
+inline Operands swapped(const Operands& pairs) {
+  Operands result;
+  for (int i = 0; i < pairs.count; ++i) result.add(pairs.pair[i].other, pairs.pair[i].src);
+  return result;
+}
+
+inline void weight_products(const Stage& s, bool first, const Operands& pairs, index_t count,
                             const ParameterTarget& t) {
-  RowsProduct w{s.in, s.out_row, count, pairs, 1, s.in_row, t.out + s.w, {}};
+  RowsProduct w{s.in, s.out_row, count, pairs, 1, s.in_row, t.out + s.w, {}, {}};
   w.epilogue.base = t.base ? t.base + s.w : nullptr;
   w.epilogue.scale = target_rate(s, 0, t);
   rows_product<true>(w);
-  if (t.both && !first) {
-    Operands swapped;
-    for (int i = 0; i < pairs.count; ++i) swapped.add(pairs.pair[i].other, pairs.pair[i].src);
-    RowsProduct wt{s.out, s.in_row, count, swapped, 1, s.out_row, t.out + s.wt, {}};
-    wt.epilogue.base = t.base ? t.base + s.wt : nullptr;
-    wt.epilogue.scale = target_rate(s, 0, t);
-    rows_product<true>(wt);
-  }
+  if (!t.both || first) return;
+  RowsProduct wt{s.out, s.in_row, count, swapped(pairs), 1, s.out_row, t.out + s.wt, {}, {}};
+  wt.epilogue.base = t.base ? t.base + s.wt : nullptr;
+  wt.epilogue.scale = target_rate(s, 0, t);
+  rows_product<true>(wt);
+}
+
+// As weight_products, where the base is xq^T dq of `queries` samples.
+inline void weight_products(const Stage& s, const Operands& query, index_t queries,
+                            const Operands& pairs, index_t count, const ParameterTarget& t) {
+  const S rate = target_rate(s, 0, t);
+  rows_product<true>(RowsProduct{s.in,
+                                 s.out_row,
+                                 queries,
+                                 query,
+                                 1,
+                                 s.in_row,
+                                 t.out + s.w,
+                                 {},
+                                 {pairs, count, s.in_row, rate}});
+  if (!t.both) return;
+  rows_product<true>(RowsProduct{s.out,
+                                 s.in_row,
+                                 queries,
+                                 swapped(query),
+                                 1,
+                                 s.out_row,
+                                 t.out + s.wt,
+                                 {},
+                                 {swapped(pairs), count, s.out_row, rate}});
+}
+
+inline void bias_sums(const Stage& s, const Operands& pairs, index_t count,
+                      const ParameterTarget& t) {
   if (!s.layer->has_bias) return;
   sum_rows(pairs.pair[0].other, count, s.out_row, t.base ? t.base + s.b : nullptr,
            target_rate(s, 1, t), t.out + s.b);
@@ -108,21 +140,6 @@ inline void single_products(const Stage& s, bool masked, const Operands& adjoint
   S sum = 0;
   for (index_t n = 0; n < count; ++n) sum += to_w[0].other[n * s.out_row];
   t.out[s.b] = (t.base ? t.base[s.b] : S(0)) + target_rate(s, 1, t) * sum;
-}
-
-// c [N, in_row] = d w^T summed over `adjoint`, unless there is no stage `p` before, and the
-// target's w, w^T and b from pairs of x and d. The first pair's x is what p's ReLU gave, and its
-// d what adds up to db.
-inline void backward_products(const Stage& s, const Stage* p, const Operands& adjoint,
-                              const Operands& pairs, index_t count, S* c,
-                              const ParameterTarget& t) {
-  const bool masked = p && p->relu;
-  if (s.single()) {
-    single_products(s, masked, adjoint, pairs, count, c, t);
-  } else {
-    if (p) adjoint_product(s, adjoint, count, masked ? pairs.pair[0].src : nullptr, c);
-    update_products(s, !p, pairs, count, t);
-  }
 }
 
 }  // namespace FM_KERNELS

@@ -2,6 +2,7 @@
 //
 //   c[m, :] = epilogue(sum over operand pairs and k of a[m, k] b[k, :])
 //
+// where sums of other pairs, of a depth of their own, may come first and be scaled,
 // as in dense.inl.h, but without masks: the padding of b is read and that of c is written, whatever
 // it holds. A tile is up to kRowsTile rows by whole rows of c's block: two vectors, or the last
 // ones of a row and a half vector. Two half vectors share a register lane by lane, so that one
@@ -26,12 +27,20 @@ FM_INLINE index_t padded_row(index_t columns) { return align_up(columns, kRowUni
 using AllLanes = std::make_integer_sequence<int, int(kLanes)>;
 typedef double UnalignedDouble __attribute__((aligned(sizeof(S)), may_alias));
 
+// Pairs whose sums are scaled before others are added.
+struct ScaledOperands {
+  Operands operands;
+  index_t depth = 0, stride = 0;  // stride: from row to row of a, or from step to step
+  S scale = S(1);
+};
+
 struct RowsProduct {
   index_t rows, columns, depth;  // columns: padded, also the rows of b and c
   Operands operands;             // (a, b)
   index_t a_row, a_step;         // one of them is 1
   S* c;
   Epilogue epilogue;
+  ScaledOperands first;
 };
 
 // Two half vectors in one: `low` is row 2i, `high` row 2i + 1. Where there are no half vectors,
@@ -154,79 +163,104 @@ struct RowsTile {
   }
 };
 
-template <int M, int N, bool Half, bool AdjacentRows>
+template <int M, int N, bool Half, bool AdjacentRows, bool Scaled>
 void rows_tile(const RowsProduct& p, index_t row, index_t column) {
   using Tile = RowsTile<M, N, Half>;
+  constexpr bool kTwoSteps = Half && !AdjacentRows;
   Tile t;
+  [[maybe_unused]] V tails[kTwoSteps ? M : 1] = {};
   const index_t columns = p.columns;
   const S* start = p.epilogue.start;
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) t.main[m][n] = start ? load(start + column + n * kLanes) : V{};
+    for (int n = 0; n < N; ++n) {
+      t.main[m][n] = !Scaled && start ? load(start + column + n * kLanes) : V{};
+    }
   }
   if constexpr (Half) {
 #pragma GCC unroll 6
     for (int i = 0; i < Tile::kPairs; ++i) {
-      t.half[i] = start ? half_twice(start + column + N * kLanes) : V{};
+      t.half[i] = !Scaled && start ? half_twice(start + column + N * kLanes) : V{};
     }
   }
-  constexpr bool kTwoSteps = Half && !AdjacentRows;
-  [[maybe_unused]] V tails[kTwoSteps ? M : 1] = {};
-  for (int pair = 0; pair < p.operands.count; ++pair) {
-    const index_t a_row = AdjacentRows ? 1 : p.a_row;
-    const index_t a_step = AdjacentRows ? p.a_step : 1;
-    const S* a = p.operands.pair[pair].src + row * a_row;
-    const S* b = p.operands.pair[pair].other + column;
-    index_t k = 0;
-    if constexpr (kTwoSteps) {
-      for (; k + 2 <= p.depth; k += 2, a += 2, b += 2 * columns) {
-        V first[Tile::kMain], second[Tile::kMain];
+  const auto add = [&](const Operands& operands, index_t depth, index_t a_row,
+                       index_t a_step) __attribute__((always_inline)) {
+    for (int pair = 0; pair < operands.count; ++pair) {
+      const S* a = operands.pair[pair].src + row * a_row;
+      const S* b = operands.pair[pair].other + column;
+      index_t k = 0;
+      if constexpr (kTwoSteps) {
+        for (; k + 2 <= depth; k += 2, a += 2, b += 2 * columns) {
+          V first[Tile::kMain], second[Tile::kMain];
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) {
-          first[n] = load(b + n * kLanes);
-          second[n] = load(b + columns + n * kLanes);
+          for (int n = 0; n < N; ++n) {
+            first[n] = load(b + n * kLanes);
+            second[n] = load(b + columns + n * kLanes);
+          }
+          const V tail = interleave(load_half(b + N * kLanes), load_half(b + columns + N * kLanes),
+                                    AllLanes{});
+#pragma GCC unroll 12
+          for (int m = 0; m < M; ++m) {
+            const S* at = a + m * a_row;
+            const V one = splat(at[0]), other = splat(at[1]);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) t.main[m][n] += one * first[n];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) t.main[m][n] += other * second[n];
+            tails[m] += splat_two(at) * tail;
+          }
         }
-        const V tail =
-            interleave(load_half(b + N * kLanes), load_half(b + columns + N * kLanes), AllLanes{});
+      }
+      for (; k < depth; ++k, a += a_step, b += columns) {
+        V right[Tile::kMain], tail{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
+        if constexpr (kTwoSteps) {
+          tail = interleave(load_half(b + N * kLanes), V{}, AllLanes{});
+        } else if constexpr (Half) {
+          tail = lanes_twice(half_twice(b + N * kLanes), AllLanes{});
+        }
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-          const S* at = a + m * a_row;
-          const V one = splat(at[0]), other = splat(at[1]);
+          const V value = splat(a[m * a_row]);
 #pragma GCC unroll 2
-          for (int n = 0; n < N; ++n) t.main[m][n] += one * first[n];
-#pragma GCC unroll 2
-          for (int n = 0; n < N; ++n) t.main[m][n] += other * second[n];
-          tails[m] += splat_two(at) * tail;
-        }
-      }
-    }
-    for (; k < p.depth; ++k, a += a_step, b += columns) {
-      V right[Tile::kMain], tail{};
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
-      if constexpr (kTwoSteps) {
-        tail = interleave(load_half(b + N * kLanes), V{}, AllLanes{});
-      } else if constexpr (Half) {
-        tail = lanes_twice(half_twice(b + N * kLanes), AllLanes{});
-      }
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const V value = splat(a[m * a_row]);
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) t.main[m][n] += value * right[n];
-        if constexpr (kTwoSteps) {
-          tails[m] += value * tail;
-        } else if constexpr (Half) {
-          if (m % 2 == 1) {
-            t.half[m / 2] += splat_two(a + m - 1) * tail;
-          } else if (m == M - 1) {
-            t.half[m / 2] += value * tail;
+          for (int n = 0; n < N; ++n) t.main[m][n] += value * right[n];
+          if constexpr (kTwoSteps) {
+            tails[m] += value * tail;
+          } else if constexpr (Half) {
+            if (m % 2 == 1) {
+              t.half[m / 2] += splat_two(a + m - 1) * tail;
+            } else if (m == M - 1) {
+              t.half[m / 2] += value * tail;
+            }
           }
         }
       }
     }
+  };
+  if constexpr (Scaled) {
+    const index_t stride = p.first.stride;
+    add(p.first.operands, p.first.depth, AdjacentRows ? 1 : stride, AdjacentRows ? stride : 1);
+    const V scale = splat(p.first.scale);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        t.main[m][n] = scale * t.main[m][n];
+        if (start) t.main[m][n] += load(start + column + n * kLanes);
+      }
+      if constexpr (kTwoSteps) tails[m] = scale * tails[m];
+    }
+    if constexpr (Half) {
+#pragma GCC unroll 6
+      for (int i = 0; i < Tile::kPairs; ++i) {
+        t.half[i] = scale * t.half[i];
+        if (start) t.half[i] += half_twice(start + column + N * kLanes);
+      }
+    }
   }
+  add(p.operands, p.depth, AdjacentRows ? 1 : p.a_row, AdjacentRows ? p.a_step : 1);
   if constexpr (Half) {
 #pragma GCC unroll 6
     for (int i = 0; i < Tile::kPairs; ++i) {
@@ -283,35 +317,40 @@ struct RowsTiles {
   RowsTileFn rows[kRowsTile];  // [M - 1]
 };
 
-template <int N, bool Half, bool AdjacentRows, int... M>
+template <int N, bool Half, bool AdjacentRows, bool Scaled, int... M>
 constexpr RowsTiles rows_tiles(std::integer_sequence<int, M...>) {
-  return {
-      {(M < rows_most(N, Half, AdjacentRows)
-            ? rows_tile<(M < rows_most(N, Half, AdjacentRows) ? M + 1 : 1), N, Half, AdjacentRows>
-            : nullptr)...}};
+  return {{(M < rows_most(N, Half, AdjacentRows)
+                ? rows_tile<(M < rows_most(N, Half, AdjacentRows) ? M + 1 : 1), N, Half,
+                            AdjacentRows, Scaled>
+                : nullptr)...}};
 }
 
-template <int N, bool Half, bool AdjacentRows>
+template <int N, bool Half, bool AdjacentRows, bool Scaled>
 constexpr RowsTiles rows_tiles_of() {
   if constexpr (N == 0 && !Half) return {};
   if constexpr (Half && kRowUnit == kLanes) return {};
-  return rows_tiles<N, Half, AdjacentRows>(std::make_integer_sequence<int, kRowsTile>{});
+  return rows_tiles<N, Half, AdjacentRows, Scaled>(std::make_integer_sequence<int, kRowsTile>{});
 }
 
 // [vectors][half]
-template <bool AdjacentRows>
-constexpr RowsTiles kRowsTiles[3][2] = {
-    {rows_tiles_of<0, false, AdjacentRows>(), rows_tiles_of<0, true, AdjacentRows>()},
-    {rows_tiles_of<1, false, AdjacentRows>(), rows_tiles_of<1, true, AdjacentRows>()},
-    {rows_tiles_of<2, false, AdjacentRows>(), rows_tiles_of<2, true, AdjacentRows>()}};
+template <bool AdjacentRows, bool Scaled>
+constexpr RowsTiles kRowsTiles[3][2] = {{rows_tiles_of<0, false, AdjacentRows, Scaled>(),
+                                         rows_tiles_of<0, true, AdjacentRows, Scaled>()},
+                                        {rows_tiles_of<1, false, AdjacentRows, Scaled>(),
+                                         rows_tiles_of<1, true, AdjacentRows, Scaled>()},
+                                        {rows_tiles_of<2, false, AdjacentRows, Scaled>(),
+                                         rows_tiles_of<2, true, AdjacentRows, Scaled>()}};
 
 template <bool AdjacentRows>
 inline void rows_product(const RowsProduct& p) {
+  const bool scaled = p.first.operands.count > 0;
   for (index_t column = 0; column < p.columns;) {
     const index_t vectors = min_of<index_t>(2, (p.columns - column) / kLanes);
     const index_t end = column + vectors * kLanes;
     const bool half = end < p.columns && p.columns - end < kLanes;
-    const RowsTileFn* tiles = kRowsTiles<AdjacentRows>[vectors][half].rows;
+    const RowsTiles& table = scaled ? kRowsTiles<AdjacentRows, true>[vectors][half]
+                                    : kRowsTiles<AdjacentRows, false>[vectors][half];
+    const RowsTileFn* tiles = table.rows;
     const index_t most = rows_most(int(vectors), half, AdjacentRows);
     const index_t count = (p.rows + most - 1) / most;
     for (index_t t = 0, from = 0; t < count; ++t) {  // of nearly equal size

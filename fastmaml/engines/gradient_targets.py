@@ -23,12 +23,19 @@ class Targets:
     Args:
         written: take the gradient: contiguous, of the parameters' shape and dtype.
         sums: what the written ones are added to; empty if they are all that is wanted.
+        once: not for another call, which need not keep the tensors alive until then.
     """
 
-    __slots__ = ("sums", "written")
+    __slots__ = ("once", "sums", "written")
 
-    def __init__(self, written: Sequence[Tensor], sums: Sequence[Tensor] = ()) -> None:
-        self.written, self.sums = written, sums
+    def __init__(
+        self,
+        written: Sequence[Tensor],
+        sums: Sequence[Tensor] = (),
+        *,
+        once: bool = False,
+    ) -> None:
+        self.written, self.sums, self.once = written, sums, once
 
 
 class GradientTargets:
@@ -43,6 +50,7 @@ class GradientTargets:
         # overwriting and adding
         self._settled: tuple[Targets, Targets] | None = None
         self._changed: Any = None
+        self._set_or_hooked: Any = None
         self._left: list[int] = []
         self._scratch: list[Tensor] | None = None
 
@@ -66,7 +74,7 @@ class GradientTargets:
     def settle(self) -> None:
         """Notes the ``.grad`` of all inputs if they stay and can be written to.
 
-        Loops that set them to ``None`` have others at each call; nothing is noted then.
+        Loops that set them to ``None`` have others at each call; see `unset`.
         """
         kept = [p.grad for p in self._inputs]
         before, self._left = self._left, [*map(id, kept)]
@@ -80,12 +88,27 @@ class GradientTargets:
         if len(gradients) == len(kept):
             scratch = [self._scratch_for(i) for i in range(len(kept))]
             self._settled = Targets(gradients), Targets(scratch, gradients)
-            looks = [(p, name) for name in ("grad", *_HOOKS) for p in self._inputs]
-            self._changed = _native.watch(gradients, looks).changed
+            self._changed = _native.watch(gradients, self._looks()).changed
+
+    def unset(self) -> Targets | None:
+        """New tensors, if no input has a ``.grad`` and none ever had a hook.
+
+        Only after `choose` has seen it so; `put` makes them the gradients.
+        """
+        if self._set_or_hooked is None or self._set_or_hooked():
+            return None
+        return Targets([*map(torch.empty_like, self._all_scratch())], once=True)
+
+    def put(self, targets: Targets) -> None:
+        """Makes the tensors of `unset` the gradients."""
+        for p, gradient in zip(self._inputs, targets.written, strict=True):
+            p.grad = gradient
 
     def choose(self, accumulate: bool) -> tuple[Targets, list[Tensor | None]]:
         """Tensors to write the gradient into, and each ``.grad`` as it is now."""
         now = [p.grad for p in self._inputs]
+        if self._set_or_hooked is None and not any(g is not None for g in now):
+            self._note_unset()
         targets = []
         for i, (p, gradient) in enumerate(zip(self._inputs, now, strict=True)):
             if gradient is None:
@@ -110,10 +133,21 @@ class GradientTargets:
                 elif gradient is not target:
                     gradient.copy_(target)
 
-    def _scratch_for(self, i: int) -> Tensor:
+    def _note_unset(self) -> None:
+        if all(_quiet(p) for p in self._inputs):
+            watch = _native.core().ObjectWatch(self._looks(), [], [])
+            self._set_or_hooked = watch.changed
+
+    def _looks(self) -> list[tuple[Tensor, str]]:
+        return [(p, name) for name in ("grad", *_HOOKS) for p in self._inputs]
+
+    def _all_scratch(self) -> list[Tensor]:
         if self._scratch is None:
             self._scratch = [fresh(p) for p in self._inputs]
-        return self._scratch[i]
+        return self._scratch
+
+    def _scratch_for(self, i: int) -> Tensor:
+        return self._all_scratch()[i]
 
 
 def fresh(p: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class PreparedCall:
 
         Args:
             tasks: checked here; any kind.
-            targets: those of the last call, whose tensors have not moved.
+            targets: as for `run`.
 
         Raises:
             ValueError: as `run` does.
@@ -156,8 +156,9 @@ class PreparedCall:
         engine = self.engine
         loss = _EMPTY_LIKE(self._scalar)
         with engine._lock:
-            if targets is not self._targets or not self._rates_in_place:
+            if not self._rates_in_place:
                 return None
+            self._place_targets(targets)
             space = engine._workspace
             if space is not self._space:
                 self._room = _native.own_address(space), space.numel()
@@ -269,14 +270,18 @@ class PreparedCall:
             keep += copies
         elif not self._rates_in_place:
             self._call.set_rates(own.rates(rates, dtype, keep)[0])
-        if targets is not self._targets:
-            places = _native.addresses(targets.written)
-            sums = _native.addresses(targets.sums)
-            self._targets = targets
-            if (places, sums) != self._target_places:
-                self._place_targets(places, sums)
+        self._place_targets(targets)
 
-    def _place_targets(self, places: list[int], sums: list[int]) -> None:
+    def _place_targets(self, targets: Targets) -> None:
+        if targets is self._targets:
+            return
+        places = _native.addresses(targets.written)
+        sums = _native.addresses(targets.sums)
+        self._targets = None if targets.once else targets
+        if (places, sums) != self._target_places:
+            self._set_gradients(places, sums)
+
+    def _set_gradients(self, places: list[int], sums: list[int]) -> None:
         slopes = 0
         self._slopes = None
         if self._rate_gradient:

@@ -50,12 +50,15 @@ class Gradients:
     def write(self, tasks: TaskBatch, accumulate: bool) -> Tensor:
         """Puts the gradients into ``.grad`` and returns the meta-loss."""
         targets = self._targets
-        settled = targets.settled(accumulate)
-        if settled is not None:
-            if (loss := self._again(tasks, settled)) is not None:
+        known = targets.settled(accumulate) or targets.unset()
+        if known is not None:
+            loss = self._again(tasks, known)
+            if loss is None and (call := self._prepared(tasks)) is not None:
+                loss = self._run(call, tasks, known)
+            if loss is not None:
+                if known.once:
+                    targets.put(known)
                 return loss
-            if (call := self._prepared(tasks)) is not None:
-                return self._run(call, tasks, settled)
         if targets.hooked():
             return self._by_autograd(tasks, accumulate)
         call = self._prepared(tasks)
