@@ -32,6 +32,7 @@ FM_KERNEL void __launch_bounds__(kRowBlock<S, W>, kRowBlocks<S, W, P>)
 
 template <class S, int W, NormPass P>
 FM_KERNEL void __launch_bounds__(kRowBlock<S, W>, 1) batch_norm_mean_kernel(const NormParams<S> p) {
+  await_previous_kernels();
   norm_pass<S, W, P, RowSweep<S, W, P, true>, RowSweep<S, W, P, true>>(p);
 }
 
