@@ -131,6 +131,7 @@ def step_of(objective: Any, loss: float, settings: Trpo) -> Tensor:
         loss,
         settings,
         None if settings.preconditioner == "none" else objective.precondition,
+        getattr(objective, "fisher_square", None),
     )
     return theta
 

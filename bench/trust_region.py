@@ -52,13 +52,12 @@ def gains(
         damping: added to the diagonal of J' F J.
     """
     gradient = own.gradient()
-    direction, residual = conjugate_gradients(
+    direction, curvature = conjugate_gradients(
         lambda v: own.fisher_product(v) + damping * v,
         gradient,
         iterations,
         precondition=own.precondition if preconditioned else None,
     )
-    curvature = float(direction.dot(gradient - residual))
     theta = own.theta - math.sqrt(2 * max_kl / curvature) * direction
     found = [o.loss - o.evaluate(theta)[0] for o in (own, *held_out)]
     return found[0], found[1:]

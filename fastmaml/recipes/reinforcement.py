@@ -93,6 +93,8 @@ class RLExperiment(abc.ABC):
     """added to the diagonal of the Fisher matrix"""
     fisher_subsample: float = 1.0
     """share of the samples that Fisher products are made of"""
+    search_subsample: float = 1.0
+    """share of the tasks that the steps of a line search are tried on"""
     meta_lr: float | None = None
     """learning rate of Adam; 0.001 for ppo, 0.01 for vpg unless told"""
     ppo_epochs: int = 5
@@ -193,6 +195,7 @@ class RLExperiment(abc.ABC):
                 meta_lr=self.adam_rate(),
                 ppo_epochs=self.ppo_epochs,
                 fisher_subsample=self.fisher_subsample,
+                search_subsample=self.search_subsample,
             ),
         )
 

@@ -63,10 +63,9 @@ def check_settings(settings: Any) -> None:
         _check(name, getattr(settings, name), _SHARE)
     if not 0 <= settings.damping < math.inf:
         raise ValueError(f"damping must be 0 or more, got {settings.damping}")
-    if not 0 < settings.fisher_subsample <= 1:
-        raise ValueError(
-            f"fisher_subsample must be in (0, 1], got {settings.fisher_subsample}"
-        )
+    for name in ("fisher_subsample", "search_subsample"):
+        if not 0 < (value := getattr(settings, name)) <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
     if not 0 <= settings.seed < VALIDATION_SEED:
         raise ValueError(f"seed must be in [0, 2^61), got {settings.seed}")
 
