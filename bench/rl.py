@@ -8,8 +8,8 @@ timed on the same trajectories for
 
 * ``fastmaml``: products of the engine, one call for all tasks;
 * ``fastmaml, a tenth``: the same with ``fisher_subsample`` 0.1;
-* ``fastmaml, fast``: the settings of the preset ``fast``: one product, preconditioned,
-  of every tenth sample, and a line search on a quarter of the tasks;
+* ``fastmaml, fast``: the settings of the preset ``fast``: three products of every
+  twentieth sample, preconditioned, and a line search on a quarter of the tasks;
 * ``torch.func``: the same update with the adaptation under ``vmap`` and a graph:
   the divergence's gradient is differentiated once, and each product with the Fisher
   matrix is one backward pass through that graph.

@@ -18,8 +18,8 @@ def rl_section(result: dict[str, Any], source: str) -> str:
     """
     simulation = result["simulation"]
     fast = (
-        "`fast`: as of `--preset fast`, one product of every tenth sample, "
-        "preconditioned, and a line search on a quarter of the tasks. "
+        "`fast`: as of `--preset fast`, three products of every twentieth "
+        "sample, preconditioned, and a line search on a quarter of the tasks. "
         if FAST in result["iterations"]
         else ""
     )

@@ -105,7 +105,7 @@ def test_the_report_says_what_fast_means_where_it_was_measured():
     result["iterations"]["fastmaml, fast"] = {**row, "update": 0.5}
     text = rl_report.rl_section(result, "rl.json")
     assert "| fastmaml, fast | 0.80 | 0.20 | 0.50 | 1.50 | 33% |" in text
-    assert "`fast`: as of `--preset fast`, one product of every tenth sample" in text
+    assert "`fast`: as of `--preset fast`, three products of every twentieth" in text
 
 
 def test_the_peer_may_be_left_out(tmp_path):

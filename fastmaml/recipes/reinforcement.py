@@ -89,7 +89,7 @@ class RLExperiment(abc.ABC):
     cg_iterations: int = 10
     """conjugate-gradient iterations of a trust-region step"""
     preconditioner: Literal["none", "kronecker"] = "none"
-    """of those iterations; with kronecker one or two of them do what ten do without"""
+    """of those iterations; with kronecker two or three do what ten do without"""
     damping: float = 1e-5
     """added to the diagonal of the Fisher matrix"""
     fisher_subsample: float = 1.0
