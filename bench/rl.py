@@ -8,8 +8,8 @@ timed on the same trajectories for
 
 * ``fastmaml``: products of the engine, one call for all tasks;
 * ``fastmaml, a tenth``: the same with ``fisher_subsample`` 0.1;
-* ``fastmaml, preconditioned``: two products with ``preconditioner="kronecker"`` in
-  place of ten without;
+* ``fastmaml, fast``: the settings of the preset ``fast``: three products of every
+  twentieth sample, preconditioned, and a line search on a quarter of the tasks;
 * ``torch.func``: the same update with the adaptation under ``vmap`` and a graph:
   the divergence's gradient is differentiated once, and each product with the Fisher
   matrix is one backward pass through that graph.
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from bench import facts, rl_envs, timing
+from bench import facts, rl_envs, rl_report, timing
 from fastmaml.losses import (
     gaussian_divergence,
     gaussian_log_probability,
@@ -48,6 +48,7 @@ from fastmaml.losses import (
 )
 from fastmaml.recipes import recipe
 from fastmaml.recipes.reinforcement import RLExperiment, prepare_threads
+from fastmaml.recipes.rl_settings import FAST
 from fastmaml.rl.adaptation import Adaptation
 from fastmaml.rl.learner import MetaRL, processed
 from fastmaml.rl.noise import collection_seed
@@ -131,6 +132,7 @@ def step_of(objective: Any, loss: float, settings: Trpo) -> Tensor:
         loss,
         settings,
         None if settings.preconditioner == "none" else objective.precondition,
+        getattr(objective, "fisher_square", None),
     )
     return theta
 
@@ -168,65 +170,74 @@ class Bench:
         self.experiment, self.rounds = experiment, rounds
         self.envs = experiment.make_rows(experiment.meta_batch)
         self.learner = experiment.make_learner(self.envs)
-        self.trpo = self.learner.update.trpo
-        self.preconditioned = dataclasses.replace(
-            self.trpo, cg_iterations=2, preconditioner="kronecker"
+        exact = self.learner.update
+        self.trpo = exact.trpo
+        fast = dataclasses.replace(experiment, **FAST).make_learner(
+            self.envs, self.learner.policy
         )
+        self.variants = {
+            "fastmaml": exact,
+            "fastmaml, a tenth": dataclasses.replace(exact, fisher_subsample=0.1),
+            rl_report.FAST: fast.update,
+        }
         prepare_threads(experiment, self.learner.policy)
         self.tasks = self.envs.sample_tasks(experiment.meta_batch, 1)
 
-    def iterations(self, share: float, trpo: Trpo | None = None) -> dict[str, Any]:
-        """Whole iterations, and where their time goes."""
-        update = dataclasses.replace(
-            self.learner.update, fisher_subsample=share, trpo=trpo or self.trpo
-        )
-        learner = MetaRL(
-            self.learner.policy, self.envs, rates=self.learner.rates, update=update
-        )
-        rows, found = [], None
+    def iterations(self) -> dict[str, Any]:
+        """Whole iterations of all variants, in turns, and where their time goes."""
+        learners = {
+            name: MetaRL(
+                self.learner.policy, self.envs, rates=self.learner.rates, update=update
+            )
+            for name, update in self.variants.items()
+        }
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in learners}
         for i in range(self.rounds + 1):
-            start = time.perf_counter()
-            found = learner.iterate(self.tasks, i)
-            row = {"seconds": time.perf_counter() - start, **found.seconds}
-            row["steps"] = found.environment_steps
-            rows.append(row)
-        rows = rows[1:]  # the first warms up
-        median = {k: sorted(r[k] for r in rows)[len(rows) // 2] for k in rows[0]}
-        rate = median["steps"] / median["sampling"]
-        return {**median, "sampled_steps_per_second": rate, "rounds": rows}
+            for name, learner in learners.items():
+                start = time.perf_counter()
+                found = learner.iterate(self.tasks, i)
+                row = {"seconds": time.perf_counter() - start, **found.seconds}
+                row["steps"] = found.environment_steps
+                row["backtracks"] = found.step.backtracks
+                rows[name].append(row)
+        # the first warms up
+        return {name: _medians(found[1:]) for name, found in rows.items()}
 
-    def updates(self) -> dict[str, Any]:
-        """The meta-update alone, on the same trajectories."""
-        objective = self.objective(1)
-        loss = objective.loss
+    def updates(self, *, peer: bool = True) -> dict[str, Any]:
+        """The meta-update alone, on the same trajectories.
+
+        Args:
+            peer: whether that of torch.func is timed, too.
+        """
         found: dict[str, Any] = {}
-        tenth = self.objective(10)
-        ours, _ = timed(lambda: step_of(objective, loss, self.trpo), self.rounds)
-        found["fastmaml"] = ours
-        found["fastmaml, a tenth"], _ = timed(
-            lambda: step_of(tenth, loss, self.trpo), self.rounds
-        )
+        for name, update in self.variants.items():
+            checked = update.checked(len(self.tasks))
+            own = self.objective(update.stride, checked=checked)
 
-        def preconditioned() -> Tensor:
-            objective._preconditioner = None  # its factors are part of the time
-            return step_of(objective, loss, self.preconditioned)
+            def step(own: MetaObjective = own, trpo: Trpo = update.trpo) -> Tensor:
+                own._preconditioner = None  # its factors are part of the time
+                return step_of(own, own.loss, trpo)
 
-        found["fastmaml, preconditioned"], _ = timed(preconditioned, self.rounds)
+            found[name], _ = timed(step, self.rounds)
+        if not peer:
+            return found
+        objective, rate = self.objective(1), self.learner.rates[0]
+        loss = objective.loss
         threads = torch.get_num_threads()
         torch.set_num_threads(self.experiment.threads or _cores())
         peer_times, _ = timed(
-            lambda: step_of(Peer(objective, self.learner.rates[0]), loss, self.trpo),
+            lambda: step_of(Peer(objective, rate), loss, self.trpo),
             max(1, self.rounds // 2),
         )
         torch.set_num_threads(threads)
         found["torch.func"] = peer_times
-        found["difference"] = difference(
-            objective, Peer(objective, self.learner.rates[0])
-        )
-        found["ratio"] = min(peer_times) / min(ours)
+        found["difference"] = difference(objective, Peer(objective, rate))
+        found["ratio"] = min(peer_times) / min(found["fastmaml"])
         return found
 
-    def objective(self, stride: int, seed: int = 7) -> MetaObjective:
+    def objective(
+        self, stride: int, seed: int = 7, checked: int | None = None
+    ) -> MetaObjective:
         """The meta-objective on trajectories that the seed decides."""
         learner, policy = self.learner, self.learner.policy
         count, many = len(self.tasks), stride == 1
@@ -245,7 +256,14 @@ class Bench:
             samples[:1],
             samples[1],
             stride=stride,
+            checked=checked,
         )
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    median = {k: sorted(r[k] for r in rows)[len(rows) // 2] for k in rows[0]}
+    rate = median["steps"] / median["sampling"]
+    return {**median, "sampled_steps_per_second": rate, "rounds": rows}
 
 
 def simulation(experiment: RLExperiment, rows: int, rounds: int) -> dict[str, Any]:
@@ -290,6 +308,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--horizon", type=int)
     add("--rounds", type=int, default=3)
     add("--threads", type=int)
+    add("--no-peer", action="store_true", help="leave out torch.func")
     options = parser.parse_args(argv)
     options.argv = list(argv)
     return options
@@ -308,11 +327,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     command = shlex.join(["python", "-m", "bench.rl", *options.argv])
     rows = options.tasks * options.episodes
     simulated = simulation(experiment, rows, 2 * options.rounds + 1)
-    iterations = {
-        "fastmaml": bench.iterations(1.0),
-        "fastmaml, a tenth": bench.iterations(0.1),
-        "fastmaml, preconditioned": bench.iterations(1.0, bench.preconditioned),
-    }
+    iterations = bench.iterations()
     shares(iterations, simulated)
     result = {
         "schema": 1,
@@ -324,7 +339,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tasks": options.tasks,
         "episodes": options.episodes,
         "horizon": bench.envs.horizon,
-        "updates": bench.updates(),
+        "updates": bench.updates(peer=not options.no_peer),
         "iterations": iterations,
         "simulation": simulated,
     }
@@ -343,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text)
     updates = result["updates"]
-    assert math.isfinite(updates["difference"])
-    for name in (*result["iterations"], "torch.func"):
+    assert options.no_peer or math.isfinite(updates["difference"])
+    for name in [*result["iterations"], *([] if options.no_peer else ["torch.func"])]:
         print(f"meta-update, {name}: {min(updates[name]):.3f} s", file=sys.stderr)
     for name, row in result["iterations"].items():
         print(

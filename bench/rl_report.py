@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 OURS, TENTH, PEER = "fastmaml", "fastmaml, a tenth", "torch.func"
-PRECONDITIONED = "fastmaml, preconditioned"
+FAST = "fastmaml, fast"
 
 
 def rl_section(result: dict[str, Any], source: str) -> str:
@@ -17,18 +17,22 @@ def rl_section(result: dict[str, Any], source: str) -> str:
         source: its path, as the README names it.
     """
     simulation = result["simulation"]
-    preconditioned = (
-        "`preconditioned`: two Fisher products with Kronecker factors in place of ten. "
-        if PRECONDITIONED in result["iterations"]
+    fast = (
+        "`fast`: as of `--preset fast`, three products of every twentieth "
+        "sample, preconditioned, and a line search on a quarter of the tasks. "
+        if FAST in result["iterations"]
+        else ""
+    )
+    peer = (
+        "The peer's iteration is its update beside fastmaml's sampling and processing. "
+        if PEER in result["updates"]
         else ""
     )
     text = (
         f"{result['experiment']}: {result['tasks']} tasks × {result['episodes']} "
         f"episodes × {result['horizon']} steps, before and after one inner step; "
         "seconds, medians. `a tenth`: Fisher products of every tenth sample. "
-        f"{preconditioned}The peer's iteration is its update beside fastmaml's "
-        "sampling and processing. "
-        f"{result['machine']['cpu']}, {result['machine']['cores']} cores; "
+        f"{fast}{peer}{result['machine']['cpu']}, {result['machine']['cores']} cores; "
         f"{result['date'][:10]}, commit {result['commit']}; all figures in "
         f"[{source}]({source}), written by `{result['command']}`."
     )
@@ -41,8 +45,9 @@ def _iterations(result: dict[str, Any]) -> str:
     for name, found in result["iterations"].items():
         rows.append(_row(name, found["sampling"], found["processing"], found["update"]))
     ours = result["iterations"][OURS]
-    peer = _median(updates[PEER])
-    rows.append(_row(PEER, ours["sampling"], ours["processing"], peer))
+    if PEER in updates:
+        peer = _median(updates[PEER])
+        rows.append(_row(PEER, ours["sampling"], ours["processing"], peer))
     head = "meta-iteration, s", "sampling", "processing", "meta-update", "all"
     return _table((*head, "update's share"), rows)
 

@@ -1,11 +1,13 @@
 """What trust-region steps are worth: their gain on trajectories they were not made of.
 
     python -m bench.trust_region [--experiment cheetah-dir] [--held-out 4]
+        [--checkpoint RUN/last.pt]
 
 A step raises the surrogate of the trajectories that gave its gradient, the more the
 further conjugate gradients go, noise included. Other trajectories of the same tasks and
 policies tell what is left of that: each row is a number of products and whether
 Kronecker factors precondition them; steps have the same length by the quadratic model.
+A fresh policy unless a checkpoint is named.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from bench.rl import Bench
 from fastmaml.recipes import recipe
 from fastmaml.rl.objective import MetaObjective
 from fastmaml.rl.trpo import conjugate_gradients
+from fastmaml.train.checkpoint import load_checkpoint
 
 ROWS = [
     (False, 1),
@@ -52,13 +55,12 @@ def gains(
         damping: added to the diagonal of J' F J.
     """
     gradient = own.gradient()
-    direction, residual = conjugate_gradients(
+    direction, curvature = conjugate_gradients(
         lambda v: own.fisher_product(v) + damping * v,
         gradient,
         iterations,
         precondition=own.precondition if preconditioned else None,
     )
-    curvature = float(direction.dot(gradient - residual))
     theta = own.theta - math.sqrt(2 * max_kl / curvature) * direction
     found = [o.loss - o.evaluate(theta)[0] for o in (own, *held_out)]
     return found[0], found[1:]
@@ -75,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--episodes", type=int, default=20)
     add("--horizon", type=int)
     add("--held-out", type=int, default=4, help="collections of trajectories")
+    add("--checkpoint", help="of a run of the experiment with the same network")
     add("--stride", type=int, default=4, help="every which sample products are made of")
     return parser.parse_args(argv)
 
@@ -89,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         horizon=options.horizon,
     )
     bench = Bench(experiment, 1)
+    if options.checkpoint:
+        state = load_checkpoint(options.checkpoint).learner
+        bench.learner.load_state_dict({"model": state})
     own, *held_out = (
         bench.objective(options.stride, seed) for seed in range(1 + options.held_out)
     )

@@ -42,7 +42,7 @@ class RLProblem:
     rates: list[float]
     batches: list[Samples]
 
-    def objective(self, stride: int = 1) -> MetaObjective:
+    def objective(self, stride: int = 1, checked: int | None = None) -> MetaObjective:
         """What is tested."""
         adaptation = adapt(
             self.policy, self.params, self.batches[:-1], self.rates, TASKS
@@ -54,6 +54,7 @@ class RLProblem:
             self.batches[:-1],
             self.batches[-1],
             stride=stride,
+            checked=checked,
         )
 
 
@@ -145,14 +146,16 @@ def adapted_outputs(problem: RLProblem, theta: Named, task: int) -> Tensor:
     return functional_call(model, theta, (problem.batches[-1].x[task],))
 
 
-def restated(problem: RLProblem, flat: Tensor) -> tuple[Tensor, Tensor]:
+def restated(
+    problem: RLProblem, flat: Tensor, tasks: int = TASKS
+) -> tuple[Tensor, Tensor]:
     """Surrogate and mean divergence at parameters [P], with their graph."""
     split = Flat(problem.params).split
     query = problem.batches[-1]
     losses, divergences = [], []
     start = {n: p.detach().requires_grad_() for n, p in problem.params.items()}
     theta = split(flat if flat.requires_grad else flat.clone().requires_grad_())
-    for task in range(TASKS):
+    for task in range(tasks):
         new = adapted_outputs(problem, theta, task)
         old = adapted_outputs(problem, start, task).detach()
         log, log_old = (_log(problem, z, query.actions[task]) for z in (new, old))

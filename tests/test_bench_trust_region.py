@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from rl_problem import problem, restated
+
+from fastmaml.train.checkpoint import CheckpointError
 
 pytest.importorskip("gymnasium")
 from bench import trust_region  # noqa: E402
@@ -31,3 +35,9 @@ def test_all_rows_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(trust_region.ROWS)
     assert lines[-1].startswith("preconditioned, 3 products: gain 0.")
+
+
+def test_a_checkpoint_is_the_policy(tmp_path: Path) -> None:
+    words = ["--experiment", "navigation", "--tasks", "2", "--episodes", "2"]
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        trust_region.main([*words, "--checkpoint", f"{tmp_path}/none.pt"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -58,6 +59,14 @@ def test_fisher_product_is_the_divergences_second_derivative(kind, loss, steps, 
     assert_close(objective.fisher_product(v), want, "float64 chain", "J'FJ v")
 
 
+@pytest.mark.parametrize(("kind", "loss", "steps", "engine"), CASES)
+def test_fisher_square_is_the_directions_with_its_product(kind, loss, steps, engine):
+    p = problem(kind, loss, steps, engine)
+    objective, v = p.objective(), _direction(p)
+    want = float(v.dot(restated_fisher_product(p, objective.theta, v)))
+    assert objective.fisher_square(v) == pytest.approx(want, rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_surrogate_and_divergence_elsewhere(kind, loss):
@@ -69,6 +78,40 @@ def test_surrogate_and_divergence_elsewhere(kind, loss):
     got = torch.tensor(objective.evaluate(there), dtype=torch.float64)
     assert_close(got, want, "float64 chain", "surrogate and divergence")
     assert kl > 1e-3 and abs(objective.loss - loss_) > 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_may_be_tried_on_the_first_tasks_alone(loss):
+    p = problem("gaussian", loss, 2)
+    whole, first = p.objective(), p.objective(checked=2)
+    there = whole.theta + 0.05 * _direction(p)
+    alone = dataclasses.replace(p, batches=[s.of_tasks(2) for s in p.batches])
+    want = torch.stack(restated(alone, there, tasks=2)).detach()
+    got = torch.tensor(first.evaluate(there), dtype=torch.float64)
+    assert_close(got, want, "float64 chain", "surrogate and divergence of two")
+    assert_close(
+        torch.tensor(first.loss, dtype=torch.float64),
+        restated(alone, whole.theta, tasks=2)[0].detach(),
+        "float64 chain",
+        "surrogate before",
+    )
+    assert whole.evaluate(there) != first.evaluate(there)
+    assert torch.equal(whole.gradient(), first.gradient())
+    v = _direction(p)
+    assert torch.equal(whole.fisher_product(v), first.fisher_product(v))
+
+
+def test_steps_that_were_not_taken_compare_nothing():
+    p = problem()
+    query = p.batches[-1]
+    # as rollouts leave them: zeros, far from any policy of such small spreads
+    taken = (query.weights > 0).unsqueeze(-1)
+    query.outputs.copy_(torch.where(taken, query.outputs, -13.8))
+    query.actions.copy_(torch.where(taken, query.actions, 1e3))
+    objective = p.objective()
+    loss, kl = objective.evaluate(objective.theta)
+    assert loss == pytest.approx(objective.loss, abs=1e-12)
+    assert kl == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,20 +180,50 @@ B = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))
 THETA = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 
 
-def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_curvatures():
-    x, residual = conjugate_gradients(lambda v: B @ v, THETA, 3)
+def _square(v):
+    return float(v.dot(B @ v))
+
+
+@pytest.mark.parametrize("quadratic", [None, _square])
+def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_curvatures(quadratic):
+    products = []
+
+    def product(v):
+        products.append(v)
+        return B @ v
+
+    x, square = conjugate_gradients(product, THETA, 3, quadratic=quadratic)
     assert_close(B @ x, THETA, "float64 product", "solution")
-    assert residual.norm() < 1e-12
-    early, residual = conjugate_gradients(lambda v: B @ v, THETA, 2)
-    assert residual.norm() > 1e-3
-    assert_close(THETA - B @ early, residual, "float64 product", "residual")
+    assert square == pytest.approx(_square(x), rel=1e-12)
+    # the last iteration needs no product where there are squares
+    assert len(products) == (3 if quadratic is None else 2)
+    early, square = conjugate_gradients(lambda v: B @ v, THETA, 2, quadratic=quadratic)
+    assert (THETA - B @ early).norm() > 1e-3
+    assert square == pytest.approx(_square(early), rel=1e-12)
+
+
+@pytest.mark.parametrize("quadratic", [None, _square])
+def test_the_square_is_right_where_directions_are_not_conjugate(quadratic):
+    scales = iter([(1.0, 1.0, 1.0), (1.0, 3.0, 0.2), (5.0, 1.0, 2.0)])
+
+    def other_each_time(v):  # as rounding makes it, only more so
+        return v * torch.tensor(next(scales), dtype=torch.float64)
+
+    x, square = conjugate_gradients(
+        lambda v: B @ v, THETA, 2, precondition=other_each_time, quadratic=quadratic
+    )
+    assert square == pytest.approx(_square(x), rel=1e-12)
 
 
 @pytest.mark.parametrize("curvature", [-1.0, 0.0, math.nan])
 def test_conjugate_gradients_end_without_curvature(curvature):
-    x, residual = conjugate_gradients(lambda v: curvature * v, THETA, 5)
-    assert torch.equal(residual, THETA)
+    x, square = conjugate_gradients(lambda v: curvature * v, THETA, 5)
+    assert square == 0
     assert torch.equal(x, torch.zeros(3, dtype=torch.float64))
+    x, square = conjugate_gradients(
+        lambda v: B @ v, THETA, 2, quadratic=lambda v: curvature
+    )
+    assert square == pytest.approx(_square(x)) and square > 0
 
 
 OUTCOME = st.sampled_from([-1.0, -1e-9, 0.0, 1e-9, 1.0, math.nan, math.inf, -math.inf])

@@ -108,3 +108,32 @@ def test_a_policys_move_leaves_what_was_adapted_from_it() -> None:
     own = for_each_task(theta, 1)
     theta["w"].zero_()
     assert own["w"].sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("outer", "share", "checked"),
+    [("trpo", 0.5, 2), ("trpo", 1.0, 3), ("trpo", 0.01, 1), ("ppo", 0.5, 3)],
+)
+def test_a_share_of_the_tasks_is_for_searches_alone(
+    outer: Any, share: float, checked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem()
+    learner = _learner(p, Update(outer, search_subsample=share))
+    told = []
+
+    def objective(*_: Any, **options: Any) -> None:
+        told.append(options["checked"])
+        raise StopIteration
+
+    monkeypatch.setattr(learner, "_collect", lambda *_: (None, [], p.batches))
+    monkeypatch.setattr(learner_module, "MetaObjective", objective)
+    with pytest.raises(StopIteration):
+        learner.iterate([0, 1, 2], 0)
+    assert told == [checked]
+
+
+def test_no_share_at_all_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"search_subsample must be in \(0, 1\], got 0"
+    ):
+        _learner(problem(), Update(search_subsample=0))

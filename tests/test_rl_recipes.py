@@ -18,6 +18,7 @@ from fastmaml import cli
 from fastmaml.recipes import names, recipe
 from fastmaml.recipes.common import UserError
 from fastmaml.recipes.rl_evaluation import format_returns
+from fastmaml.recipes.rl_settings import FAST
 from fastmaml.train.logging import read_metrics
 
 pytest.importorskip("gymnasium")
@@ -33,6 +34,8 @@ PAPER = [
     ("ant-vel", "paper", dict(episodes=20, gamma=0.99, gae_lambda=1.0)),
     ("ant-dir", "gym", dict(hidden=(64, 64), activation="tanh")),
     ("cheetah-dir", "paper", dict(cg_iterations=10, damping=1e-5, fisher_subsample=1)),
+    ("ant-vel", "code", dict(preconditioner="none", search_subsample=1)),
+    ("cheetah-dir", "fast", dict(max_kl=0.02, episodes=20, hidden=(100, 100), **FAST)),
 ]
 
 
@@ -82,7 +85,7 @@ def test_every_method_trains_evaluates_and_plots(method: str, tmp_path: Path) ->
         ("--outer", "vpg"),
         ("--outer", "ppo", "--inner-steps", 2),
         ("--inner-loss", "likelihood_ratio", "--fisher-subsample", 0.5),
-        ("--inner-loss", "dice"),
+        ("--inner-loss", "dice", "--search-subsample", 0.5),
         ("--engine", "functional", "--preset", "code"),
     ],
 )
@@ -99,6 +102,7 @@ def test_options_reach_the_update(words: tuple[Any, ...], tmp_path: Path) -> Non
     ("words", "message"),
     [
         (("--fisher-subsample", 0), "fisher_subsample must be in (0, 1], got 0"),
+        (("--search-subsample", 1.5), "search_subsample must be in (0, 1], got 1.5"),
         (("--meta-batch", 0), "meta_batch must be at least 1, got 0"),
         (("--episodes", 0), "episodes must be at least 1, got 0"),
         (("--iterations", -1), "iterations must be at least 0, got -1"),

@@ -1,8 +1,8 @@
 """Locomotion of simulated robots (Finn et al. 2017, section 5.3), by MuJoCo.
 
-The presets ``paper`` and ``code`` run the tasks of the paper's code (one physics step
-per action, 200 steps), ``gym`` those of later work (five, 100 steps). Returns of the
-two are not comparable.
+The presets ``paper``, ``code`` and ``fast`` run the tasks of the paper's code (one
+physics step per action, 200 steps), ``gym`` those of later work (five, 100 steps).
+Returns of the two are not comparable.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from fastmaml.recipes.reinforcement import Preset, RLExperiment
+from fastmaml.recipes.rl_settings import FAST
 
 L = TypeVar("L", bound="Locomotion")
 
@@ -29,6 +30,8 @@ class Locomotion(RLExperiment):
         settings = cls(preset=preset)
         if preset == "code":
             return dataclasses.replace(settings, **cls.code_settings)
+        if preset == "fast":
+            return dataclasses.replace(settings, **FAST)
         if preset == "gym":
             return dataclasses.replace(settings, hidden=(64, 64), activation="tanh")
         return settings

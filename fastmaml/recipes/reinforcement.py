@@ -38,7 +38,7 @@ from fastmaml.train.checkpoint import (
 from fastmaml.train.logging import clock
 from fastmaml.train.watch import DivergenceError, set_threads
 
-Preset = Literal["paper", "code", "gym"]
+Preset = Literal["paper", "code", "fast", "gym"]
 Method = Literal["maml", "pretrained", "oracle", "random"]
 R = TypeVar("R", bound="RLExperiment")
 
@@ -56,7 +56,8 @@ class RLExperiment(abc.ABC):
     """Settings every experiment of reinforcement learning has."""
 
     preset: Preset = "paper"
-    """settings of the paper, of its reference code, or of the later gym-style tasks"""
+    """settings of the paper, of its reference code, of the paper with a meta-update of
+    less work, or of the later gym-style tasks"""
     method: Method = "maml"
     """maml, or one of the baselines: pretrained on all tasks, oracle, random start"""
     iterations: int = 500
@@ -88,11 +89,13 @@ class RLExperiment(abc.ABC):
     cg_iterations: int = 10
     """conjugate-gradient iterations of a trust-region step"""
     preconditioner: Literal["none", "kronecker"] = "none"
-    """of those iterations; with kronecker two of them do what ten do without"""
+    """of those iterations; with kronecker two or three do what ten do without"""
     damping: float = 1e-5
     """added to the diagonal of the Fisher matrix"""
     fisher_subsample: float = 1.0
     """share of the samples that Fisher products are made of"""
+    search_subsample: float = 1.0
+    """share of the tasks that the steps of a line search are tried on"""
     meta_lr: float | None = None
     """learning rate of Adam; 0.001 for ppo, 0.01 for vpg unless told"""
     ppo_epochs: int = 5
@@ -127,7 +130,7 @@ class RLExperiment(abc.ABC):
     """write PNGs at the end"""
 
     name: ClassVar[str]
-    presets: ClassVar[tuple[str, ...]] = ("paper", "code", "gym")
+    presets: ClassVar[tuple[str, ...]] = ("paper", "code", "fast", "gym")
     selectors: ClassVar[dict[str, type]] = {}
     environment: ClassVar[str]
     """id of the environment"""
@@ -193,6 +196,7 @@ class RLExperiment(abc.ABC):
                 meta_lr=self.adam_rate(),
                 ppo_epochs=self.ppo_epochs,
                 fisher_subsample=self.fisher_subsample,
+                search_subsample=self.search_subsample,
             ),
         )
 

@@ -8,7 +8,7 @@ zero, and the adaptation for the identity:
     M^-1 V = (G + s I)^-1 V (A + r I)^-1       V: a layer's weights [out, in + 1]
 
 Conjugate gradients remain exact products with J' F J: the factors only say along which
-directions they begin. Some thousand samples of all tasks are enough for that.
+directions they begin. Some hundred samples of all tasks are enough for that.
 
 Source:
     Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored
@@ -26,7 +26,7 @@ from torch.func import functional_call
 from fastmaml.models import AppendParameter
 from fastmaml.rl.policies import Policy
 
-SAMPLES = 4096  # of all tasks together, that factors are made of
+SAMPLES = 512  # of all tasks together, that factors are made of
 RELATIVE_DAMPING = 0.1  # of a factor's mean eigenvalue, added to all of them
 
 
@@ -74,12 +74,8 @@ class KroneckerPreconditioner:
         share = weights.flatten()[::stride]
         scale = torch.sqrt(share / share.sum()).unsqueeze(-1)
         layers = factored_layers(policy.model)
-        inputs, slopes = _passes(policy, params, layers, rows)
-        self._inverses = {}
-        for name in layers:
-            g = torch.cat([slope * scale for slope in slopes[name]])
-            a = inputs[name] * scale
-            self._inverses[name] = _inverse(g.T @ g), _inverse(a.T @ a)
+        factors = _factors(policy, params, layers, rows, scale)
+        self._inverses = {n: tuple(map(_inverse, pair)) for n, pair in factors.items()}
 
     def __call__(self, v: Tensor) -> Tensor:
         """M^-1 v."""
@@ -95,13 +91,14 @@ class KroneckerPreconditioner:
         return torch.cat([out[n].reshape(-1) for n in self._shapes])
 
 
-def _passes(
+def _factors(
     policy: Policy,
     params: Mapping[str, Tensor],
     layers: Mapping[str, nn.Module],
     x: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Inputs [N, in + 1] of the layers, and slopes [N, out] of each output's root."""
+    scale: Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """G [out, out] and A [in + 1, in + 1] of each layer, samples scaled by [N, 1]."""
     inputs: dict[str, Tensor] = {}
     puts: dict[str, Tensor] = {}
 
@@ -113,7 +110,7 @@ def _passes(
             linear = isinstance(module, nn.Linear)
             columns = [args[0]] if linear else []
             columns += [one] if not linear or module.bias is not None else []
-            inputs[name] = torch.cat(columns, 1).detach()
+            inputs[name] = torch.cat(columns, 1).detach() * scale
             puts[name] = out
 
         return keep
@@ -126,18 +123,22 @@ def _passes(
     finally:
         for handle in handles:
             handle.remove()
-    slopes: dict[str, list[Tensor]] = {n: [] for n in layers}
+    # what a layer appends to stands in front
+    sizes = {n: len(next(m.parameters())) for n, m in layers.items()}
+    left = {n: x.new_zeros(size, size) for n, size in sizes.items()}
     for root in policy.distribution.fisher_roots(outputs.detach()):
         found = torch.autograd.grad(
-            outputs, [*puts.values()], root, retain_graph=True, materialize_grads=True
+            outputs,
+            [*puts.values()],
+            root * scale,
+            retain_graph=True,
+            materialize_grads=True,
         )
         for name, slope in zip(puts, found, strict=True):
-            layer = layers[name]
-            size = layer.size if isinstance(layer, AppendParameter) else 0
-            # log-stds do not move what means depend on
-            if slope.any() or not slopes[name]:
-                slopes[name].append(slope[:, -size:])
-    return inputs, slopes
+            if slope.any():  # log-stds do not move what means depend on
+                own = slope[:, -sizes[name] :]
+                left[name].addmm_(own.T, own)
+    return {n: (left[n], inputs[n].T @ inputs[n]) for n in layers}
 
 
 def _inverse(factor: Tensor) -> Tensor:

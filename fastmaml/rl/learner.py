@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Update:
         ppo_clip: how far a ratio may leave 1.
         ppo_kl: weight of KL(old || new) of the post-update policies.
         fisher_subsample: share of the samples that products with J' F J are made of.
+        search_subsample: share of the tasks on which the steps of the trust region's
+            line search are tried, with all of their samples.
     """
 
     outer: Outer = "trpo"
@@ -53,11 +56,17 @@ class Update:
     ppo_clip: float = 0.3
     ppo_kl: float = 5e-4
     fisher_subsample: float = 1.0
+    search_subsample: float = 1.0
 
     @property
     def stride(self) -> int:
         """Every which sample products with J' F J are made of."""
         return max(1, round(1 / self.fisher_subsample))
+
+    def checked(self, tasks: int) -> int:
+        """How many of the tasks a step is tried on."""
+        trpo = self.outer == "trpo"
+        return math.ceil(tasks * self.search_subsample) if trpo else tasks
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Iteration:
 
     Attributes:
         returns: mean return after 0..K inner steps, over tasks and episodes.
-        step: what became of the meta-update.
+        step: what became of the meta-update, on the tasks that it was tried on.
         environment_steps: taken in all.
         failures: episodes whose simulator was no longer finite.
         seconds: of ``sampling``, ``processing`` and ``update``.
@@ -107,9 +116,11 @@ class MetaRL:
         self.rates, self.gamma, self.lam = tuple(rates), gamma, lam
         self.update = Update() if update is None else update
         self.seed = seed
+        for name in ("fisher_subsample", "search_subsample"):
+            share = getattr(self.update, name)
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {share}")
         share = self.update.fisher_subsample
-        if not 0 < share <= 1:
-            raise ValueError(f"fisher_subsample must be in (0, 1], got {share}")
         if share < 1 and policy.inner_loss == "dice":
             raise ValueError(
                 f"fisher_subsample must be 1 with inner_loss='dice', got {share}: its "
@@ -140,6 +151,7 @@ class MetaRL:
             samples[-1],
             stride=stride,
             first=iteration % stride,
+            checked=self.update.checked(len(tasks)),
         )
         report = self._move(objective)
         clock.note("update")
@@ -208,6 +220,7 @@ class MetaRL:
                 objective.loss,
                 self.update.trpo,
                 objective.precondition if kronecker else None,
+                objective.fisher_square,
             )
             if report.accepted:
                 self._set(objective.flat, theta)

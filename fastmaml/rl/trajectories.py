@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+_TENSORS = ("x", "actions", "advantages", "weights", "outputs")  # of samples
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -110,7 +112,10 @@ class Samples:
             thinned(self.outputs),
         )
 
+    def of_tasks(self, count: int) -> Samples:
+        """Those of the first tasks."""
+        return replace(self, **{n: getattr(self, n)[:count] for n in _TENSORS})
+
     def double(self) -> Samples:
         """The same in float64."""
-        names = ("x", "actions", "advantages", "weights", "outputs")
-        return replace(self, **{n: getattr(self, n).double() for n in names})
+        return replace(self, **{n: getattr(self, n).double() for n in _TENSORS})

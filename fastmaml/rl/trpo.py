@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+Quadratic = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def conjugate_gradients(
     iterations: int,
     tolerance: float = 1e-10,
     precondition: Product | None = None,
-) -> tuple[Tensor, Tensor]:
+    quadratic: Quadratic | None = None,
+) -> tuple[Tensor, float]:
     """Solves B x = b for a positive definite B by its products with vectors.
 
     Args:
@@ -84,28 +86,38 @@ def conjugate_gradients(
         iterations: at most.
         tolerance: stops where the squared residual falls below it.
         precondition: v [P] -> M^-1 v [P], M positive definite and close to B.
+        quadratic: v [P] -> v'B v, all that the last iteration needs; without it, there
+            is a product there, too.
 
     Returns:
-        x [P] and the residual b - B x [P]. A direction without curvature, as rounding
-        and noise may make it, ends the search with what has been found.
+        x [P] and x'B x. A direction without curvature, as rounding and noise may make
+        it, ends the search with what has been found.
     """
-    x, r = torch.zeros_like(b), b.clone()
+    x, r, square = torch.zeros_like(b), b.clone(), 0.0
     z = r if precondition is None else precondition(r)
-    p, rz = z.clone(), r.dot(z)
-    for _ in range(iterations):
+    p, rz = z.clone(), float(r.dot(z))
+    for i in range(iterations):
         if not r.dot(r) > tolerance:
             break
-        bp = product(p)
-        curvature = p.dot(bp)
+        ending = i + 1 == iterations
+        if ending and quadratic is not None:
+            curvature = quadratic(p)
+        else:
+            bp = product(p)
+            curvature = float(p.dot(bp))
         if not (curvature > 0 and math.isfinite(curvature)):
             break
         alpha = rz / curvature
+        # (x + alpha p)'B (x + alpha p), where B x = b - r
+        square += alpha * (2 * float(p.dot(b - r)) + alpha * curvature)
         x = x + alpha * p
+        if ending:
+            break
         r = r - alpha * bp
         z = r if precondition is None else precondition(r)
-        rz, before = r.dot(z), rz
+        before, rz = rz, float(r.dot(z))
         p = z + (rz / before) * p
-    return x, r
+    return x, square
 
 
 def trust_region_step(
@@ -116,6 +128,7 @@ def trust_region_step(
     loss_before: float,
     settings: Trpo,
     precondition: Product | None = None,
+    quadratic: Quadratic | None = None,
 ) -> tuple[Tensor, StepReport]:
     """One step of trust-region optimisation.
 
@@ -128,6 +141,8 @@ def trust_region_step(
         settings: of the step.
         precondition: of the conjugate gradients; not called for a gradient that is
             not finite.
+        quadratic: v [P] -> v'J' F J v, without damping, where that is less work than a
+            product.
 
     Returns:
         The new parameters, which are ``theta`` itself where no step lowered the loss
@@ -140,10 +155,17 @@ def trust_region_step(
     def damped(v: Tensor) -> Tensor:
         return product(v) + settings.damping * v
 
-    direction, residual = conjugate_gradients(
-        damped, gradient, settings.cg_iterations, precondition=precondition
+    def damped_square(v: Tensor) -> float:
+        assert quadratic is not None
+        return quadratic(v) + settings.damping * float(v.dot(v))
+
+    direction, curvature = conjugate_gradients(
+        damped,
+        gradient,
+        settings.cg_iterations,
+        precondition=precondition,
+        quadratic=None if quadratic is None else damped_square,
     )
-    curvature = float(direction.dot(gradient - residual))  # d' B d, at no product
     size = math.sqrt(2 * settings.max_kl / curvature) if curvature > 0 else math.nan
     if not math.isfinite(size):
         return theta, refused
