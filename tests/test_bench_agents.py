@@ -157,6 +157,17 @@ def test_a_row_of_panels_for_each_experiment(
     assert "paper, MAML" not in {line.get_label() for line in shown[4].get_lines()}
 
 
+def test_the_preset_fast_has_the_papers_tasks() -> None:
+    more = {"experiment": "cheetah-dir", "horizon": 200}
+    runs = {
+        "paper": run("maml", 1.0, 2.0, **more),
+        "fast": run("maml", 1.0, 2.0, preset="fast", **more),
+        "gym": run("maml", 1.0, 2.0, preset="gym", **more),
+    }
+    found = [{*group} for group in agents.groups(runs).values()]
+    assert {"paper", "fast"} in found and {"gym"} in found
+
+
 def test_published_returns_stand_beside_those_in_their_units() -> None:
     assert agents._known("navigation", "paper", 100)[0] == -40.41
     assert agents._known("navigation", "paper", 20) == ()
