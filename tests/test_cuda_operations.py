@@ -233,6 +233,27 @@ def test_mean_over_tasks(driver, dtype, rows):
 
 
 @both_dtypes
+@pytest.mark.parametrize("rows", [1, 9])
+def test_means_go_to_tensors(driver, dtype, rows):
+    """Those of the whole rows, bit for bit, each where its index says."""
+    memory, values, _, _ = _vectors(dtype, rows)
+    places = [(0, 31), (32, 0), (32, 1), (64, 2080), (2144, 32)]
+    counts = torch.tensor([n for _, n in places])
+    src = [values[:, at : at + n] for at, n in places]
+    dst = [memory.empty(n) for _, n in places]
+    index = [None, None, None, torch.randperm(2080, dtype=torch.int32), None]
+    sizes = (double(dtype), rows, P, len(places), counts)
+    driver.call("mean_tensors", *sizes, index, src, dst)
+    means = memory.empty(P)
+    vector(driver, "mean_rows", dtype, rows, values, None, means)
+    for (at, n), i, to in zip(places, index, dst, strict=True):
+        where = torch.arange(n) if i is None else i.long()
+        assert torch.equal(to[where], means[at : at + n])
+    close(means, values.double().mean(0), dtype)
+    memory.check()
+
+
+@both_dtypes
 @pytest.mark.parametrize(("tasks", "n"), [(1, 1), (5, 6), (300, 3), (2, 150)])
 def test_the_meta_loss_is_of_weighted_columns_alone(driver, dtype, tasks, n):
     memory = Memory(torch.float64, 4)

@@ -188,6 +188,12 @@ void record_vectors(VectorOps<S>& v) {
     note_vector("mean_rows", (rows + 1) * (end - begin));
     real.mean_rows(rows, n, begin, end, values, out, e);
   };
+  v.mean_tensors = [](const Move<S>* moves, index_t count, index_t t, const Exec& e) {
+    index_t moved = 0;
+    for (index_t i = 0; i < count; ++i) moved += (t + 1 + (moves[i].index ? 1 : 0)) * moves[i].n;
+    note_vector("mean_tensors", moved);
+    real.mean_tensors(moves, count, t, e);
+  };
   v.gather = [](const Move<S>* moves, index_t count, index_t t, const Exec& e) {
     note_vector("gather", elements(moves, count, t));
     real.gather(moves, count, t, e);

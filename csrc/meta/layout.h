@@ -82,6 +82,20 @@ void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList
   mover.finish();
 }
 
+// Means over tasks of rows in the engine's layout, into the caller's tensors, where a backend does
+// it in one.
+template <class S>
+void mean_parameters(const Call<S>& call, Rows<const S> rows, const TensorList<S>& list) {
+  const Tables<S> tables(call);
+  Mover<S> mover(call.backend->vector.mean_tensors, call.tasks, call.exec);
+  for (size_t i = 0; i < list.tensors.size(); ++i) {
+    const Parameter& p = call.program->parameters()[i];
+    mover.add(
+        {p.count, tables.index(p), {rows.data + p.offset, rows.stride}, {list.tensors[i], 0}});
+  }
+  mover.finish();
+}
+
 // Whether samples must be transposed to channels last, and the room that takes.
 template <class S>
 bool needs_staging(const Program& program, const Samples<S>& samples) {

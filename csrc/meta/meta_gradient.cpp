@@ -50,8 +50,12 @@ class MetaGradient {
     if (plan_.resident.taken) return run_resident();
     transpose_factored();
     for (index_t first = 0; first < call_.tasks; first += plan_.wave) wave(first);
-    store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
-                        &plan_.factored.places);
+    if (backend_.vector.mean_tensors) {
+      mean_parameters<S>(call_, {shared_ + plan_.lambdas, plan_.row()}, call_.gradients);
+    } else {
+      store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
+                          &plan_.factored.places);
+    }
     if (call_.rate_gradient) {
       const index_t R = RateTable<S>::size(program_, call_.rates);
       for_columns(R, [&](index_t begin, index_t end) {
@@ -123,6 +127,7 @@ class MetaGradient {
           wave.self->work(slot, wave.first + first, count, exec);
         },
         &state);
+    if (backend_.vector.mean_tensors) return;
     const S* rows = shared_ + plan_.lambdas;
     S* mean = shared_ + plan_.mean;
     for_columns(P, [&](index_t begin, index_t end) {

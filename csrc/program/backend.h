@@ -104,6 +104,9 @@ struct VectorOps {
   // plus those rows; then out = sums / total unless `out` is null. Backends in lockstep have none.
   void (*add_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values,
                    bool begins, double* sums, index_t total, S* out, const Exec&);
+  // In lockstep: dst[index[e]] = mean over tasks of src[t, e], as mean_rows, of `count` <=
+  // kMovesAtOnce tensors (`moves` is host memory)
+  void (*mean_tensors)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
   // dst[e] = src[index[e]] and dst[index[e]] = src[e] of `count` <= kMovesAtOnce tensors (`moves`
   // is host memory)
   void (*gather)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);

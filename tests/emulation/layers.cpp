@@ -230,6 +230,20 @@ int mean_loss(index_t double_precision, index_t tasks, index_t n, const double* 
   });
 }
 
+// src: within rows of `row` elements; index may hold nulls
+int mean_tensors(index_t double_precision, index_t tasks, index_t row, index_t count,
+                 const index_t* n, const std::int32_t* const* index, const void* const* src,
+                 void* const* dst) {
+  return with_scalar(double_precision, [&](auto scalar) {
+    using S = decltype(scalar);
+    std::vector<Move<S>> moves(count);
+    for (index_t i = 0; i < count; ++i) {
+      moves[i] = {n[i], index[i], {static_cast<const S*>(src[i]), row}, {static_cast<S*>(dst[i])}};
+    }
+    emulated::vector_ops<S>().mean_tensors(moves.data(), count, tasks, {});
+  });
+}
+
 // tensors of n[i] elements; index may hold nulls
 int move(index_t scatter, index_t double_precision, index_t tasks, index_t count, const index_t* n,
          const std::int32_t* const* index, const void* const* src, void* const* dst) {
