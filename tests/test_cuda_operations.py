@@ -234,8 +234,9 @@ def test_mean_over_tasks(driver, dtype, rows):
 
 @both_dtypes
 @pytest.mark.parametrize("rows", [1, 9])
-def test_means_go_to_tensors(driver, dtype, rows):
-    """Those of the whole rows, bit for bit, each where its index says."""
+@pytest.mark.parametrize("losses", [0, 2, 130])
+def test_means_go_to_tensors(driver, dtype, rows, losses):
+    """Those of the whole rows, bit for bit, each where its index says; losses beside."""
     memory, values, _, _ = _vectors(dtype, rows)
     places = [(0, 31), (32, 0), (32, 1), (64, 2080), (2144, 32)]
     counts = torch.tensor([n for _, n in places])
@@ -243,13 +244,19 @@ def test_means_go_to_tensors(driver, dtype, rows):
     dst = [memory.empty(n) for _, n in places]
     index = [None, None, None, torch.randperm(2080, dtype=torch.int32), None]
     sizes = (double(dtype), rows, P, len(places), counts)
-    driver.call("mean_tensors", *sizes, index, src, dst)
+    weights = torch.rand(losses, dtype=torch.float64)
+    loss, accuracy = (torch.rand(rows, losses, dtype=torch.float64) for _ in range(2))
+    out = torch.full((1,), math.nan, dtype=dtype) if losses else None
+    beside = (losses, weights, loss, accuracy, out)
+    driver.call("mean_tensors", *sizes, index, src, dst, *beside)
     means = memory.empty(P)
     vector(driver, "mean_rows", dtype, rows, values, None, means)
     for (at, n), i, to in zip(places, index, dst, strict=True):
         where = torch.arange(n) if i is None else i.long()
         assert torch.equal(to[where], means[at : at + n])
     close(means, values.double().mean(0), dtype)
+    if losses:
+        close(out[0], (loss.mean(0) * weights).sum(), dtype)
     memory.check()
 
 

@@ -180,6 +180,7 @@ struct MeanParams {
   Move<S> moves[kMovesAtOnce];
   unsigned first_block[kMovesAtOnce + 1];
   index_t rows;
+  MeanLoss<S> loss;  // by the first block, if the tensors begin behind it
 };
 
 // A block takes 32 columns of a tensor, a warp every kMeanWarps-th row of them, and the warps' sums
@@ -189,12 +190,13 @@ constexpr int kMeanWarps = int(kThreads / kWarp);
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<S> p) {
   await_previous_kernels();
+  double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
+  if (blockIdx.x < p.first_block[0]) return p.loss.by_block(sums);
   int tensor = 0;
   while (blockIdx.x >= p.first_block[tensor + 1]) ++tensor;
   const Move<S>& m = p.moves[tensor];
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
   const index_t e = index_t(blockIdx.x - p.first_block[tensor]) * kWarp + lane;
-  double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
   double sum = 0;
   index_t to = e;
   if (e < m.n) {
@@ -210,11 +212,13 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<
 }
 
 template <class S>
-void mean_tensors(const Move<S>* moves, index_t count, index_t tasks, const Exec& exec) {
+void mean_tensors(const Move<S>* moves, index_t count, index_t tasks, const TaskLosses<S>& losses,
+                  const Exec& exec) {
   require(count <= kMovesAtOnce, "means: expected at most ", kMovesAtOnce, " tensors, got ", count);
   MeanParams<S> p{};
   p.rows = tasks;
-  index_t blocks = 0;
+  index_t blocks = losses.out ? 1 : 0;
+  p.first_block[0] = unsigned(blocks);
   for (index_t i = 0; i < count; ++i) {
     p.moves[i] = moves[i];
     blocks += divide_up(moves[i].n, kWarp);
@@ -222,29 +226,20 @@ void mean_tensors(const Move<S>* moves, index_t count, index_t tasks, const Exec
     p.first_block[i + 1] = unsigned(blocks);
   }
   if (blocks == 0) return;
-  launch(mean_rows_kernel<S>, unsigned(blocks), kThreads, kThreads * sizeof(double), exec, p);
+  if (losses.out) p.loss = MeanLoss<S>::of(tasks, losses);
+  constexpr std::size_t kShared = kThreads * sizeof(double);
+  launch(mean_rows_kernel<S>, unsigned(blocks), kThreads, kShared, exec, p);
+  for (index_t first = kLossWeights; losses.out && first < losses.n; first += kLossWeights) {
+    p.loss = MeanLoss<S>::of(tasks, losses, first);
+    launch(mean_rows_kernel<S>, 1, kThreads, kShared, exec, p);
+  }
 }
 
 template <class S>
 void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                const Exec& exec) {
   const Move<S> all{end - begin, nullptr, {values + begin, n}, {out + begin, 0}};
-  mean_tensors(&all, 1, rows, exec);
-}
-
-template <class S>
-FM_KERNEL void __launch_bounds__(kThreads, 1) mean_loss_kernel(const MeanLoss<S> p) {
-  await_previous_kernels();
-  p.by_block(shared_memory<double>());
-}
-
-template <class S>
-void mean_loss(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
-               S* out, const Exec& exec) {
-  for (index_t first = 0; first < n; first += kLossWeights) {
-    launch(mean_loss_kernel<S>, 1, kThreads, kWarp * sizeof(double), exec,
-           MeanLoss<S>::of(tasks, n, weights, loss, accuracy, out, first));
-  }
+  mean_tensors<S>(&all, 1, rows, {}, exec);
 }
 
 template <class S>
@@ -382,11 +377,15 @@ void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src,
 
 template <class S>
 VectorOps<S> vector_ops() {
-  return {
-      descend<S>,       scale_by_rates<S>, segment_dots<S>, negative_product<S>, update<S>,
-      fill<S>,          copy<S>,           add<S>,          mean_rows<S>,        nullptr,
-      mean_tensors<S>,  move<S, false>,    move<S, true>,   to_channels_last<S>, spread_rates<S>,
-      collect_rates<S>, mean_loss<S>};
+  return {descend<S>,      scale_by_rates<S>,
+          segment_dots<S>, negative_product<S>,
+          update<S>,       fill<S>,
+          copy<S>,         add<S>,
+          mean_rows<S>,    nullptr,
+          mean_tensors<S>, move<S, false>,
+          move<S, true>,   to_channels_last<S>,
+          spread_rates<S>, collect_rates<S>,
+          nullptr};
 }
 
 template VectorOps<float> vector_ops();

@@ -25,10 +25,10 @@ struct Tables {
 };
 
 // Collects moves of tensors, and runs as many of them at once as a backend takes.
-template <class S>
+template <class S,
+          class Run = void (*)(const Move<S>* moves, index_t count, index_t tasks, const Exec&)>
 class Mover {
  public:
-  using Run = void (*)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
   Mover(Run run, index_t tasks, const Exec& exec) : run_(run), tasks_(tasks), exec_(exec) {}
   void add(const Move<S>& move) {
     moves_[count_++] = move;
@@ -83,11 +83,16 @@ void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList
 }
 
 // Means over tasks of rows in the engine's layout, into the caller's tensors, where a backend does
-// it in one.
+// it in one; what losses come to goes beside the first.
 template <class S>
-void mean_parameters(const Call<S>& call, Rows<const S> rows, const TensorList<S>& list) {
+void mean_parameters(const Call<S>& call, Rows<const S> rows, const TensorList<S>& list,
+                     TaskLosses<S> losses) {
   const Tables<S> tables(call);
-  Mover<S> mover(call.backend->vector.mean_tensors, call.tasks, call.exec);
+  const auto run = [&](const Move<S>* moves, index_t count, index_t tasks, const Exec& exec) {
+    call.backend->vector.mean_tensors(moves, count, tasks, losses, exec);
+    losses = {};
+  };
+  Mover<S, decltype(run)> mover(run, call.tasks, call.exec);
   for (size_t i = 0; i < list.tensors.size(); ++i) {
     const Parameter& p = call.program->parameters()[i];
     mover.add(

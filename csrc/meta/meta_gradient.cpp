@@ -50,9 +50,12 @@ class MetaGradient {
     if (plan_.resident.taken) return run_resident();
     transpose_factored();
     for (index_t first = 0; first < call_.tasks; first += plan_.wave) wave(first);
+    const TaskLosses<S> losses{call_.steps + 1, call_.loss_weights.data(), call_.query_loss,
+                               call_.query_accuracy, call_.loss};
     if (backend_.vector.mean_tensors) {
-      mean_parameters<S>(call_, {shared_ + plan_.lambdas, plan_.row()}, call_.gradients);
+      mean_parameters<S>(call_, {shared_ + plan_.lambdas, plan_.row()}, call_.gradients, losses);
     } else {
+      if (losses.out) backend_.vector.mean_loss(call_.tasks, losses, call_.exec);
       store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
                           &plan_.factored.places);
     }
@@ -63,10 +66,6 @@ class MetaGradient {
                                   shared_ + plan_.mean, call_.exec);
       });
       rates_.store(shared_ + plan_.mean, call_.rate_gradient);
-    }
-    if (call_.loss) {
-      backend_.vector.mean_loss(call_.tasks, call_.steps + 1, call_.loss_weights.data(),
-                                call_.query_loss, call_.query_accuracy, call_.loss, call_.exec);
     }
   }
 
