@@ -119,3 +119,18 @@ def test_adam_is_one_launch(backend):
     optimizer.step()
     assert backends.recorded_kernels() == ["adam_kernel<S>"]
     assert all(s["step"] == 2 for s in optimizer.state.values())
+
+
+@pytest.mark.parametrize("rates", ["one", "per_tensor"])
+def test_a_launch_before_the_layers_and_one_behind_them(rates, backend):
+    """Parameters in, gradients and loss out; and rates, unless they are one number."""
+    core = _native.core()
+    core.begin_recording(run=True)
+    got = found(PROBLEMS[0], backend, rates)
+    names = [k.lstrip("(").partition("<")[0] for _, k, *_ in core.end_recording()[1]]
+    assert torch.isfinite(got.loss)
+    parts = ("move", "rate_table", "mean_rows")
+    places = {i: n for i, n in enumerate(names) if n.startswith(parts)}
+    first = [] if rates == "one" else ["rate_table_kernel"]
+    assert list(places.values()) == [*first, "move_kernel", "mean_rows_kernel"]
+    assert list(places) == [*range(len(first) + 1), len(names) - 1]
