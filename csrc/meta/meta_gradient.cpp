@@ -38,11 +38,12 @@ class MetaGradient {
         rates_(call, call.rates, workspace + plan.rates),
         still_(still_layers(call)),
         in_place_(moves_in_place(call)),
-        alternates_(alternates(call)) {}
+        alternates_(alternates(call)),
+        reads_number_(in_place_ && call.backend->lockstep && !call.rate_gradient) {}
 
   void run() {
     if (plan_.resident.taken && backend_.lockstep) return run_resident_together();
-    rates_.load();
+    if (!reads_number_) rates_.load();
     if (!call_.params.per_task) {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec,
                       &plan_.factored.places);
@@ -267,7 +268,10 @@ class MetaGradient {
     if (rates.per_segment && !call_.rate_gradient) {
       const auto weights = w.factors.weights(k);
       const auto stores = w.factors.inner_step(k);
-      const Update<S> update{theta(w, k), S(-1), rates.per_segment, 1, stores.data()};
+      const S* rate = reads_number_ ? rates_.number(k) : rates.per_segment;
+      const std::uint8_t* adapted = reads_number_ ? call_.rates.adapted.data() : nullptr;
+      const index_t apart = reads_number_ ? 0 : 1;
+      const Update<S> update{theta(w, k), S(-1), rate, apart, stores.data(), adapted};
       network_.gradient(with(theta(w, k), weights), w.support, tape(w, k), next, update, {},
                         w.exec);
       return;
@@ -370,6 +374,7 @@ class MetaGradient {
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
   bool in_place_, alternates_;
+  bool reads_number_;  // launches read the one rate where it is: a table would be one more
   ResidentCall<S> resident_;
 };
 
