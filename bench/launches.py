@@ -152,6 +152,8 @@ def _plain(what: str, kind: str, f: Facts) -> int:
     return of_x * x + of_y * y + f["tasks"] * (f["saved"] + f["parameters"])
 
 
+_BY_ADAM = 4  # packs of parameter, gradient, both moments: AdamElement, optimizer.cu
+
 # Packs of a row (RowSweep::at, norm.cuh) or a pixel (CellSweep, batch_norm_pool.cu).
 _LOADS = {
     "batch_norm": (1, 2, 2, 4),
@@ -162,6 +164,8 @@ _LOADS = {
 def loads(operation: Operation) -> int:
     """``Launch.loads`` of an operation's kernels."""
     what, kind, _ = operation
+    if (what, kind) == ("optimizer", "adam"):
+        return _BY_ADAM
     return dict(zip(_PASSES, _LOADS[what], strict=True))[kind] if what in _LOADS else 1
 
 

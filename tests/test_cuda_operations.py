@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 
@@ -79,9 +80,10 @@ def run_loss(driver, kind, dtype, z, target, tz, scale, *, stride=3, gradient=Tr
 
 
 @both_dtypes
-@pytest.mark.parametrize("kind", LOSSES, ids=("mse", "cross_entropy", "policy"))
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [*itertools.product(LOSSES, (2, 6)), (0, 70), (1, 3), (1, 70)]
+)
 @pytest.mark.parametrize("samples", [1, 7, 300])
-@pytest.mark.parametrize("outputs", [2, 6])
 def test_losses_are_those_of_torch(driver, kind, samples, outputs, dtype):
     scale = 0.37
     z, y, tz = loss_case(kind, 3, samples, outputs)
@@ -223,12 +225,28 @@ def test_element_by_element(driver, dtype, n):
 
 
 @both_dtypes
-@pytest.mark.parametrize("rows", [1, 5])
-def test_mean_over_tasks(driver, dtype, rows):
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("losses", [0, 2, 130])
+def test_means_over_tasks(driver, dtype, rows, losses):
+    """Of whole rows, and into tensors, each where its index says; losses beside."""
     memory, values, _, _ = _vectors(dtype, rows)
-    out = memory.empty(P)
-    vector(driver, "mean_rows", dtype, rows, values, None, out)
-    close(out, values.double().mean(0), dtype)
+    places = [(0, 31), (32, 0), (32, 1), (64, 2080), (2144, 32)]
+    src = [values[:, at : at + n] for at, n in places]
+    dst = [memory.empty(n) for _, n in places]
+    index = [None, None, None, torch.randperm(2080, dtype=torch.int32), None]
+    sizes = (double(dtype), rows, P, 5, torch.tensor([n for _, n in places]))
+    weights, loss = torch.rand(1 + rows, losses).double().split((1, rows))
+    out = torch.full((1,), math.nan, dtype=dtype) if losses else None
+    beside = (losses, weights, loss, loss.clone(), out)
+    driver.call("mean_tensors", *sizes, index, src, dst, *beside)
+    means = memory.empty(P)
+    vector(driver, "mean_rows", dtype, rows, values, None, means)
+    for (at, n), i, to in zip(places, index, dst, strict=True):
+        where = torch.arange(n) if i is None else i.long()
+        assert torch.equal(to[where], means[at : at + n])
+    close(means, values.double().mean(0), dtype)
+    if losses:
+        close(out[0], (loss.mean(0) * weights).sum(), dtype)
     memory.check()
 
 

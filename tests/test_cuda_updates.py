@@ -7,6 +7,8 @@ are large enough that a norm's blocks are those of several launches.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import backends
 import pytest
 import torch
@@ -16,6 +18,7 @@ from problem import Problem
 from torch import nn
 
 from fastmaml import _native
+from fastmaml.models import batch_norm_parameters
 
 pytestmark = pytest.mark.parametrize("backend", backends.usable(["cuda_emulated"]))
 
@@ -62,6 +65,8 @@ PROBLEMS = [
         2,
     ),
 ]
+STILL = replace(PROBLEMS[0], name="still norm", not_adapted=batch_norm_parameters)
+PROBLEMS.append(STILL)
 
 
 def found(problem: Problem, name: str, rates: str, queries: int = 5, **options):
@@ -119,3 +124,19 @@ def test_adam_is_one_launch(backend):
     optimizer.step()
     assert backends.recorded_kernels() == ["adam_kernel<S>"]
     assert all(s["step"] == 2 for s in optimizer.state.values())
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], STILL], ids=str)
+@pytest.mark.parametrize("rates", ["one", "per_tensor"])
+def test_a_launch_before_the_layers_and_one_behind_them(problem, rates, backend):
+    """Parameters in, gradients and loss out; and rates, unless they are one number."""
+    core = _native.core()
+    core.begin_recording(run=True)
+    got = found(problem, backend, rates)
+    names = [k.lstrip("(").partition("<")[0] for _, k, *_ in core.end_recording()[1]]
+    assert torch.isfinite(got.loss)
+    parts = ("move", "rate_table", "mean_rows")
+    places = {i: n for i, n in enumerate(names) if n.startswith(parts)}
+    first = [] if rates == "one" else ["rate_table_kernel"]
+    assert list(places.values()) == [*first, "move_kernel", "mean_rows_kernel"]
+    assert list(places) == [*range(len(first) + 1), len(names) - 1]

@@ -188,6 +188,13 @@ void record_vectors(VectorOps<S>& v) {
     note_vector("mean_rows", (rows + 1) * (end - begin));
     real.mean_rows(rows, n, begin, end, values, out, e);
   };
+  v.mean_tensors = [](const Move<S>* moves, index_t count, index_t t, const TaskLosses<S>& losses,
+                      const Exec& e) {
+    index_t moved = losses.out ? 4 * t * losses.n : 0;
+    for (index_t i = 0; i < count; ++i) moved += (t + 1 + (moves[i].index ? 1 : 0)) * moves[i].n;
+    note_vector("mean_tensors", moved);
+    real.mean_tensors(moves, count, t, losses, e);
+  };
   v.gather = [](const Move<S>* moves, index_t count, index_t t, const Exec& e) {
     note_vector("gather", elements(moves, count, t));
     real.gather(moves, count, t, e);
@@ -210,11 +217,6 @@ void record_vectors(VectorOps<S>& v) {
                        bool per_tensor, S* out, const Exec& e) {
     note_vector("collect_rates", 2 * rows * n);
     real.collect_rates(rows, n, adapted, values, per_tensor, out, e);
-  };
-  v.mean_loss = [](index_t t, index_t n, const double* weights, double* loss, double* accuracy,
-                   S* out, const Exec& e) {
-    note_vector("mean_loss", 4 * t * n);
-    real.mean_loss(t, n, weights, loss, accuracy, out, e);
   };
 }
 

@@ -126,21 +126,21 @@ inline void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const
               [=](index_t c, double sum) { out[c] = S(sum / double(rows)); });
 }
 
-inline void mean_loss(index_t tasks, index_t n, const double* weights, double* loss,
-                      double* accuracy, S* out, const Exec&) {
+inline void mean_loss(index_t tasks, const TaskLosses<S>& all, const Exec&) {
   double total = 0;
-  for (index_t k = 0; k < n; ++k) {
+  for (index_t k = 0; k < all.n; ++k) {
+    const double weight = all.weights[k];
     double sum = 0;
-    for (index_t i = k; i < tasks * n; i += n) {
-      if (weights[k] != 0) {
-        sum += loss[i];
+    for (index_t i = k; i < tasks * all.n; i += all.n) {
+      if (weight != 0) {
+        sum += all.loss[i];
       } else {
-        loss[i] = accuracy[i] = std::numeric_limits<double>::quiet_NaN();
+        all.loss[i] = all.accuracy[i] = std::numeric_limits<double>::quiet_NaN();
       }
     }
-    if (weights[k] != 0) total += weights[k] * sum;
+    if (weight != 0) total += weight * sum;
   }
-  *out = S(total / double(tasks));
+  *all.out = S(total / double(tasks));
 }
 
 inline void add_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values,

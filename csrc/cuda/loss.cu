@@ -3,7 +3,8 @@
 // The value of a task is a sum in double over its samples: a block takes a part of a task's, all of
 // them if they are few (loss_parts), a thread every 256th of the part, then the block adds up in
 // fixed order. A second kernel adds up the parts. Where parts begin depends on the number of
-// samples alone. Hessian products need no sum, so a thread takes a sample of any task.
+// samples alone. Hessian products need no sum over samples: a sample of any task takes a thread or,
+// by SampleLanes, about one for each output.
 //
 // Labels are in device memory, where nobody has checked them. One out of range reads nothing: the
 // sample's dz and the task's value are NaN, and the accuracy counts a miss. The Hessian of
@@ -27,6 +28,7 @@ struct LossParams {
   double* sums;  // [T, parts, 2] values and hits, where there are several
   S scale;
   int tasks, samples, outputs, parts, part;  // part: samples of one
+  int lanes = 1;                             // of a sample's Hessian product
 };
 
 // `sums` are of all samples of a task
@@ -75,10 +77,15 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) loss_parts_kernel(const LossParams
 template <class S, class Loss>
 FM_KERNEL void __launch_bounds__(kThreads, 1) loss_hessian_kernel(const LossParams<S> p) {
   await_previous_kernels();
-  const index_t n = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= index_t(p.tasks) * p.samples) return;
+  const index_t thread = index_t(blockIdx.x) * blockDim.x + threadIdx.x, n = thread / p.lanes;
+  const bool inside = n < index_t(p.tasks) * p.samples;
   const index_t row = n * p.outputs;
-  Loss::hessian(p, n, p.z + row, p.tz + row, p.tdz + row);
+  if constexpr (Loss::kByLanes) {
+    const SampleLanes at{int(thread % p.lanes), p.lanes, inside ? p.outputs : 0};
+    Loss::hessian(p, at, p.z + row, p.tz + row, p.tdz + row);
+  } else if (inside) {
+    Loss::hessian(p, n, p.z + row, p.tz + row, p.tdz + row);
+  }
 }
 
 template <class S>
@@ -112,8 +119,10 @@ void run_value(const LossArgs<S>& a, const Exec& exec) {
 
 template <class Loss, class S>
 void run_hessian(const LossArgs<S>& a, const Exec& exec) {
-  launch((loss_hessian_kernel<S, Loss>), flat_blocks(a.tasks * a.samples, "loss"), kThreads, 0,
-         exec, params_of(a, exec));
+  LossParams<S> p = params_of(a, exec);
+  while (Loss::kByLanes && p.lanes < p.outputs && p.lanes < int(kWarp)) p.lanes *= 2;
+  launch((loss_hessian_kernel<S, Loss>), flat_blocks(a.tasks * a.samples * p.lanes, "loss"),
+         kThreads, 0, exec, p);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The meta-loss from the query losses of all tasks, and NaN for those that nobody asked for: the
-// work of one block, in a launch of its own or beside another mean over tasks.
+// work of one block beside those of another mean over tasks.
 #pragma once
 
 #include <cmath>
@@ -18,11 +18,10 @@ struct MeanLoss {
   int tasks, n, first, count;    // of n columns, those with these weights
   double weights[kLossWeights];  // zero: not asked for
 
-  static MeanLoss of(index_t tasks, index_t n, const double* weights, double* loss,
-                     double* accuracy, S* out, index_t first = 0) {
-    MeanLoss p{loss, accuracy, out, int(tasks), int(n), int(first), 0, {}};
-    p.count = int(min_of<index_t>(n - first, kLossWeights));
-    for (int k = 0; k < p.count; ++k) p.weights[k] = weights[first + k];
+  static MeanLoss of(index_t tasks, const TaskLosses<S>& all, index_t first = 0) {
+    MeanLoss p{all.loss, all.accuracy, all.out, int(tasks), int(all.n), int(first), 0, {}};
+    p.count = int(min_of<index_t>(all.n - first, kLossWeights));
+    for (int k = 0; k < p.count; ++k) p.weights[k] = all.weights[first + k];
     return p;
   }
 

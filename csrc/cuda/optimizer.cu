@@ -64,22 +64,33 @@ struct AdamShared {
   bool last;  // to arrive
 };
 
-template <class S, bool Decay>
-FM_DEVICE void adam_element(const math::AdamRule<S>& r, const AdamTensor<S>& t, index_t i) {
-  const S before = t.p[i];
-  const S slope = math::outer_gradient<Decay>(r.sign, r.decay, t.g[i], before);
-  S mean = t.m[i], square = t.v[i];
-  math::adam_moments(r, slope, mean, square);
-  t.m[i] = mean;
-  t.v[i] = square;
-  if (t.largest) {
-    // NaN stays NaN, as it does in torch
-    const S largest = t.largest[i];
-    square = largest > square || largest != largest ? largest : square;
-    t.largest[i] = square;
+template <class S>
+struct AdamElement {
+  S p, g, m, v, largest;
+
+  FM_DEVICE void load(const AdamTensor<S>& t, index_t i) {
+    p = t.p[i];
+    g = t.g[i];
+    m = t.m[i];
+    v = t.v[i];
+    if (t.largest) largest = t.largest[i];
   }
-  t.p[i] = math::adam_update(r, before, mean, square);
-}
+
+  template <bool Decay>
+  FM_DEVICE void step(const math::AdamRule<S>& r, const AdamTensor<S>& t, index_t i) {
+    const S slope = math::outer_gradient<Decay>(r.sign, r.decay, g, p);
+    math::adam_moments(r, slope, m, v);
+    t.m[i] = m;
+    t.v[i] = v;
+    S square = v;
+    if (t.largest) {
+      // NaN stays NaN, as it does in torch
+      square = largest > square || largest != largest ? largest : square;
+      t.largest[i] = square;
+    }
+    t.p[i] = math::adam_update(r, p, m, square);
+  }
+};
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p) {
@@ -87,6 +98,13 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p)
   AdamShared<S>* shared = shared_memory<AdamShared<S>>();
   const int index = p.list.of_block(blockIdx.x);
   const AdamTensor<S>& t = p.list.tensors[index];
+  const index_t first = index_t(blockIdx.x - p.list.first_block[index]) * kChunk + threadIdx.x;
+  AdamElement<S> elements[kEach] = {};  // on their way while the rule is worked out
+  FM_UNROLL
+  for (int k = 0; k < kEach; ++k) {
+    const index_t i = first + k * index_t(kThreads);
+    if (i < t.n) elements[k].load(t, i);
+  }
   if (threadIdx.x == 0) {
     const float step = *t.step + 1;
     __threadfence();  // read before it is said to be
@@ -101,15 +119,14 @@ FM_KERNEL void __launch_bounds__(kThreads, 1) adam_kernel(const AdamParams<S> p)
     if (threadIdx.x == 0) *p.arrivals = 0;
   }
   const math::AdamRule<S> r = shared->rule;
-  const index_t first = index_t(blockIdx.x - p.list.first_block[index]) * kChunk + threadIdx.x;
   FM_UNROLL
   for (int k = 0; k < kEach; ++k) {
     const index_t i = first + k * index_t(kThreads);
     if (i >= t.n) return;
     if (r.decay != S(0)) {
-      adam_element<S, true>(r, t, i);
+      elements[k].template step<true>(r, t, i);
     } else {
-      adam_element<S, false>(r, t, i);
+      elements[k].template step<false>(r, t, i);
     }
   }
 }

@@ -6,11 +6,16 @@
 // z, dz, tz and tdz are the sample's own [outputs]; `p` is anything with `target` (of all samples),
 // `outputs` and `scale`. A label or action that is no output's number reads nothing: its sample is
 // a miss, value and dz are NaN, and so is tdz, but for cross-entropy's, which takes no label.
+//
+// Where kByLanes, neighbouring lanes may do a sample's Hessian product together:
+//
+//   Loss::hessian(p, at, z, tz, tdz)      at: a SampleLanes, which all lanes of a warp call at once
 #pragma once
 
 #include <cmath>
 
 #include "cuda/launch.h"
+#include "cuda/reduce.cuh"
 #include "math/loss.h"
 #include "math/policy.h"
 
@@ -26,8 +31,23 @@ struct SampleLoss {
   bool hit;
 };
 
+// The lanes of a sample, a power of two up to kWarp, and which of them this one is.
+struct SampleLanes {
+  int lane, lanes;
+  int outputs;  // of the sample; 0: there is none
+
+  // Over the lanes, the same bits in each.
+  template <class Op, class S>
+  FM_DEVICE S reduce(S v) const {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      v = Op::join(v, warp_shuffle_xor(v, distance));
+    }
+    return v;
+  }
+};
+
 struct SquaredError {
-  static constexpr bool kAccuracy = false;
+  static constexpr bool kAccuracy = false, kByLanes = true;
   template <class P, class S>
   static FM_DEVICE SampleLoss value(const P& p, index_t n, const S* z, S* dz) {
     const S* y = static_cast<const S*>(p.target) + n * p.outputs;
@@ -37,10 +57,14 @@ struct SquaredError {
   static FM_DEVICE void hessian(const P& p, index_t, const S*, const S* tz, S* tdz) {
     for (int o = 0; o < p.outputs; ++o) tdz[o] = S(2) * p.scale * tz[o];
   }
+  template <class P, class S>
+  static FM_DEVICE void hessian(const P& p, const SampleLanes& at, const S*, const S* tz, S* tdz) {
+    for (int o = at.lane; o < at.outputs; o += at.lanes) tdz[o] = S(2) * p.scale * tz[o];
+  }
 };
 
 struct CrossEntropy {
-  static constexpr bool kAccuracy = true;
+  static constexpr bool kAccuracy = true, kByLanes = true;
   template <class P, class S>
   static FM_DEVICE SampleLoss value(const P& p, index_t n, const S* z, S* dz) {
     const index_t label = index_t(static_cast<const std::int64_t*>(p.target)[n]);
@@ -56,12 +80,29 @@ struct CrossEntropy {
   static FM_DEVICE void hessian(const P& p, index_t, const S* z, const S* tz, S* tdz) {
     math::cross_entropy_hessian(z, tz, p.outputs, p.scale, tdz);
   }
+  template <class P, class S>
+  static FM_DEVICE void hessian(const P& p, const SampleLanes& at, const S* z, const S* tz,
+                                S* tdz) {
+    S top = S(-INFINITY), sum = S(0), mean = S(0);
+    for (int o = at.lane; o < at.outputs; o += at.lanes) top = Max::join(top, z[o]);
+    top = at.reduce<Max>(top);
+    for (int o = at.lane; o < at.outputs; o += at.lanes) {
+      const S e = math::exp(z[o] - top);
+      sum += e;
+      mean += e * tz[o];
+    }
+    const S inverse = S(1) / at.reduce<Sum>(sum);
+    mean = at.reduce<Sum>(mean) * inverse;
+    for (int o = at.lane; o < at.outputs; o += at.lanes) {
+      tdz[o] = p.scale * math::exp(z[o] - top) * inverse * (tz[o] - mean);
+    }
+  }
 };
 
 // Of math/policy.h; an action that is no output's number makes its sample NaN.
 template <class Loss>
 struct Policy {
-  static constexpr bool kAccuracy = false;
+  static constexpr bool kAccuracy = false, kByLanes = false;
   template <class S, class P>
   static FM_DEVICE const S* target_of(const P& p, index_t n) {
     return static_cast<const S*>(p.target) + n * Loss::target_size(p.outputs);

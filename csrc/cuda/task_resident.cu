@@ -87,8 +87,8 @@ void mean(const ResidentLayout<S>& at, const ResidentCall<S>& call, const Reside
   }
   p.tensors = int(tensors);
   if (batch.mean_loss) {
-    p.loss = MeanLoss<S>::of(call.tasks, call.steps + 1, call.loss_weights, batch.loss,
-                             batch.accuracy, batch.mean_loss);
+    p.loss = MeanLoss<S>::of(call.tasks, {call.steps + 1, call.loss_weights, batch.loss,
+                                          batch.accuracy, batch.mean_loss});
   }
   const dim3 grid(unsigned(divide_up(largest, kMeanThreads)), tensors + (batch.mean_loss ? 1 : 0));
   launch(resident_mean_kernel<S>, grid, kMeanThreads, kWarp * sizeof(double), exec, p);

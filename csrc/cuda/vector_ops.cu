@@ -177,55 +177,69 @@ void segment_dots(const StepRates<S>& rates, index_t tasks, Rows<const S> g, Row
 
 template <class S>
 struct MeanParams {
-  index_t rows, n, begin, end;
-  const S* values;
-  S* out;
+  Move<S> moves[kMovesAtOnce];
+  unsigned first_block[kMovesAtOnce + 1];
+  index_t rows;
+  MeanLoss<S> loss;  // by the first block, if the tensors begin behind it
 };
 
-// A warp takes every kMeanWarps-th row of 32 columns, and the warps' sums are added in order: a
-// column alone has too few threads to keep memory busy.
+// A block takes 32 columns of a tensor, a warp every kMeanWarps-th row of them, and the warps' sums
+// are added in order: a column alone has too few threads to keep memory busy.
 constexpr int kMeanWarps = int(kThreads / kWarp);
 
 template <class S>
 FM_KERNEL void __launch_bounds__(kThreads, 1) mean_rows_kernel(const MeanParams<S> p) {
   await_previous_kernels();
-  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
-  const index_t j = p.begin + index_t(blockIdx.x) * kWarp + lane;
   double* sums = shared_memory<double>();  // [kMeanWarps, kWarp]
+  if (blockIdx.x < p.first_block[0]) return p.loss.by_block(sums);
+  int tensor = 0;
+  while (blockIdx.x >= p.first_block[tensor + 1]) ++tensor;
+  const Move<S>& m = p.moves[tensor];
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
+  const index_t e = index_t(blockIdx.x - p.first_block[tensor]) * kWarp + lane;
   double sum = 0;
-  if (j < p.end) {
+  index_t to = e;
+  if (e < m.n) {
+    if (warp == 0 && m.index) to = m.index[e];
     FM_UNROLL_BY_FOUR
-    for (index_t t = warp; t < p.rows; t += kMeanWarps) sum += double(p.values[t * p.n + j]);
+    for (index_t t = warp; t < p.rows; t += kMeanWarps) sum += double(m.src.of(t)[e]);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (warp > 0 || j >= p.end) return;
+  if (warp > 0 || e >= m.n) return;
   for (int i = 1; i < kMeanWarps; ++i) sum += sums[i * int(kWarp) + lane];
-  p.out[j] = S(sum / double(p.rows));
+  m.dst.data[to] = S(sum / double(p.rows));
+}
+
+template <class S>
+void mean_tensors(const Move<S>* moves, index_t count, index_t tasks, const TaskLosses<S>& losses,
+                  const Exec& exec) {
+  require(count <= kMovesAtOnce, "means: expected at most ", kMovesAtOnce, " tensors, got ", count);
+  MeanParams<S> p{};
+  p.rows = tasks;
+  index_t blocks = losses.out ? 1 : 0;
+  p.first_block[0] = unsigned(blocks);
+  for (index_t i = 0; i < count; ++i) {
+    p.moves[i] = moves[i];
+    blocks += divide_up(moves[i].n, kWarp);
+    require(blocks < (index_t(1) << 31), "mean over tasks: expected fewer than 2^31 blocks");
+    p.first_block[i + 1] = unsigned(blocks);
+  }
+  if (blocks == 0) return;
+  if (losses.out) p.loss = MeanLoss<S>::of(tasks, losses);
+  constexpr std::size_t kShared = kThreads * sizeof(double);
+  launch(mean_rows_kernel<S>, unsigned(blocks), kThreads, kShared, exec, p);
+  for (index_t first = kLossWeights; losses.out && first < losses.n; first += kLossWeights) {
+    p.loss = MeanLoss<S>::of(tasks, losses, first);
+    launch(mean_rows_kernel<S>, 1, kThreads, kShared, exec, p);
+  }
 }
 
 template <class S>
 void mean_rows(index_t rows, index_t n, index_t begin, index_t end, const S* values, S* out,
                const Exec& exec) {
-  if (begin >= end) return;
-  const unsigned blocks = flat_blocks((end - begin) * kMeanWarps, "mean over tasks");
-  launch(mean_rows_kernel<S>, blocks, kThreads, kThreads * sizeof(double), exec,
-         MeanParams<S>{rows, n, begin, end, values, out});
-}
-
-template <class S>
-FM_KERNEL void __launch_bounds__(kThreads, 1) mean_loss_kernel(const MeanLoss<S> p) {
-  await_previous_kernels();
-  p.by_block(shared_memory<double>());
-}
-
-template <class S>
-void mean_loss(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
-               S* out, const Exec& exec) {
-  for (index_t first = 0; first < n; first += kLossWeights) {
-    launch(mean_loss_kernel<S>, 1, kThreads, kWarp * sizeof(double), exec,
-           MeanLoss<S>::of(tasks, n, weights, loss, accuracy, out, first));
-  }
+  const Move<S> all{end - begin, nullptr, {values + begin, n}, {out + begin, 0}};
+  mean_tensors<S>(&all, 1, rows, {}, exec);
 }
 
 template <class S>
@@ -363,10 +377,15 @@ void to_channels_last(index_t n, index_t channels, index_t pixels, const S* src,
 
 template <class S>
 VectorOps<S> vector_ops() {
-  return {descend<S>,          scale_by_rates<S>, segment_dots<S>,  negative_product<S>,
-          update<S>,           fill<S>,           copy<S>,          add<S>,
-          mean_rows<S>,        nullptr,           move<S, false>,   move<S, true>,
-          to_channels_last<S>, spread_rates<S>,   collect_rates<S>, mean_loss<S>};
+  return {descend<S>,      scale_by_rates<S>,
+          segment_dots<S>, negative_product<S>,
+          update<S>,       fill<S>,
+          copy<S>,         add<S>,
+          mean_rows<S>,    nullptr,
+          mean_tensors<S>, move<S, false>,
+          move<S, true>,   to_channels_last<S>,
+          spread_rates<S>, collect_rates<S>,
+          nullptr};
 }
 
 template VectorOps<float> vector_ops();

@@ -25,10 +25,10 @@ struct Tables {
 };
 
 // Collects moves of tensors, and runs as many of them at once as a backend takes.
-template <class S>
+template <class S,
+          class Run = void (*)(const Move<S>* moves, index_t count, index_t tasks, const Exec&)>
 class Mover {
  public:
-  using Run = void (*)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
   Mover(Run run, index_t tasks, const Exec& exec) : run_(run), tasks_(tasks), exec_(exec) {}
   void add(const Move<S>& move) {
     moves_[count_++] = move;
@@ -78,6 +78,25 @@ void store_parameters(const Call<S>& call, Rows<const S> theta, const TensorList
                tables.index(p),
                {theta.data + (places ? places->parameter[i] : p.offset), theta.stride},
                {list.tensors[i] + first * stride, stride}});
+  }
+  mover.finish();
+}
+
+// Means over tasks of rows in the engine's layout, into the caller's tensors, where a backend does
+// it in one; what losses come to goes beside the first.
+template <class S>
+void mean_parameters(const Call<S>& call, Rows<const S> rows, const TensorList<S>& list,
+                     TaskLosses<S> losses) {
+  const Tables<S> tables(call);
+  const auto run = [&](const Move<S>* moves, index_t count, index_t tasks, const Exec& exec) {
+    call.backend->vector.mean_tensors(moves, count, tasks, losses, exec);
+    losses = {};
+  };
+  Mover<S, decltype(run)> mover(run, call.tasks, call.exec);
+  for (size_t i = 0; i < list.tensors.size(); ++i) {
+    const Parameter& p = call.program->parameters()[i];
+    mover.add(
+        {p.count, tables.index(p), {rows.data + p.offset, rows.stride}, {list.tensors[i], 0}});
   }
   mover.finish();
 }

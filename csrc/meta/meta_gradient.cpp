@@ -38,11 +38,12 @@ class MetaGradient {
         rates_(call, call.rates, workspace + plan.rates),
         still_(still_layers(call)),
         in_place_(moves_in_place(call)),
-        alternates_(alternates(call)) {}
+        alternates_(alternates(call)),
+        reads_number_(in_place_ && call.backend->lockstep && !call.rate_gradient) {}
 
   void run() {
     if (plan_.resident.taken && backend_.lockstep) return run_resident_together();
-    rates_.load();
+    if (!reads_number_) rates_.load();
     if (!call_.params.per_task) {
       load_parameters(call_, call_.params, 0, 1, {shared_ + plan_.theta0, 0}, call_.exec,
                       &plan_.factored.places);
@@ -50,8 +51,15 @@ class MetaGradient {
     if (plan_.resident.taken) return run_resident();
     transpose_factored();
     for (index_t first = 0; first < call_.tasks; first += plan_.wave) wave(first);
-    store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
-                        &plan_.factored.places);
+    const TaskLosses<S> losses{call_.steps + 1, call_.loss_weights.data(), call_.query_loss,
+                               call_.query_accuracy, call_.loss};
+    if (backend_.vector.mean_tensors) {
+      mean_parameters<S>(call_, {shared_ + plan_.lambdas, plan_.row()}, call_.gradients, losses);
+    } else {
+      if (losses.out) backend_.vector.mean_loss(call_.tasks, losses, call_.exec);
+      store_parameters<S>(call_, {shared_ + plan_.mean, 0}, call_.gradients, 0, 1, call_.exec,
+                          &plan_.factored.places);
+    }
     if (call_.rate_gradient) {
       const index_t R = RateTable<S>::size(program_, call_.rates);
       for_columns(R, [&](index_t begin, index_t end) {
@@ -59,10 +67,6 @@ class MetaGradient {
                                   shared_ + plan_.mean, call_.exec);
       });
       rates_.store(shared_ + plan_.mean, call_.rate_gradient);
-    }
-    if (call_.loss) {
-      backend_.vector.mean_loss(call_.tasks, call_.steps + 1, call_.loss_weights.data(),
-                                call_.query_loss, call_.query_accuracy, call_.loss, call_.exec);
     }
   }
 
@@ -123,6 +127,7 @@ class MetaGradient {
           wave.self->work(slot, wave.first + first, count, exec);
         },
         &state);
+    if (backend_.vector.mean_tensors) return;
     const S* rows = shared_ + plan_.lambdas;
     S* mean = shared_ + plan_.mean;
     for_columns(P, [&](index_t begin, index_t end) {
@@ -263,7 +268,10 @@ class MetaGradient {
     if (rates.per_segment && !call_.rate_gradient) {
       const auto weights = w.factors.weights(k);
       const auto stores = w.factors.inner_step(k);
-      const Update<S> update{theta(w, k), S(-1), rates.per_segment, 1, stores.data()};
+      const S* rate = reads_number_ ? rates_.number(k) : rates.per_segment;
+      const std::uint8_t* adapted = reads_number_ ? call_.rates.adapted.data() : nullptr;
+      const index_t apart = reads_number_ ? 0 : 1;
+      const Update<S> update{theta(w, k), S(-1), rate, apart, stores.data(), adapted};
       network_.gradient(with(theta(w, k), weights), w.support, tape(w, k), next, update, {},
                         w.exec);
       return;
@@ -366,6 +374,7 @@ class MetaGradient {
   RateTable<S> rates_;
   std::vector<std::uint8_t> still_;
   bool in_place_, alternates_;
+  bool reads_number_;  // launches read the one rate where it is: a table would be one more
   ResidentCall<S> resident_;
 };
 

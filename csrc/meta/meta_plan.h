@@ -90,7 +90,7 @@ void plan_shared(const MetaCall<S>& call, MetaPlan& plan) {
   plan.transposed = shared.take(plan.factored.transposed);
   plan.factor_rows = shared.take(plan.wave * plan.factored.row);
   plan.rate_rows = shared.take(call.rate_gradient ? call.tasks * R : 0);
-  plan.mean = shared.take(max_of(P, R));
+  plan.mean = shared.take(call.backend->vector.mean_tensors ? R : max_of(P, R));
   plan.resident_theta = shared.take(plan.resident.shared);
   plan.shared = shared.size();
 }

@@ -91,15 +91,17 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
   if (!out.data || d.param_count == 0) return pass(a, exec);
   const Rows<const S> base{update.base.data ? update.base.data + place(d) : nullptr,
                            update.base.stride};
+  const index_t bias = d.segment + d.segments() - 1;
   const S* weight_rate = d.has_weight ? update.rate(d.segment) : nullptr;
-  const S* bias_rate = d.has_bias ? update.rate(d.segment + d.segments() - 1) : nullptr;
+  const S* bias_rate = d.has_bias ? update.rate(bias) : nullptr;
   out.data += place(d);
   if (d.dense() || backend_.updates || (!base.data && update.factor == S(1) && !update.rates)) {
     a.*where = out.data;
     a.dw_stride = out.stride;
     a.dw_base = base.data;
     a.dw_base_stride = base.stride;
-    a.weight_scale = a.bias_scale = update.factor;
+    a.weight_scale = update.scale(d.segment);
+    a.bias_scale = update.scale(bias);
     a.weight_rate = weight_rate;
     a.bias_rate = bias_rate;
     pass(a, exec);
@@ -110,13 +112,13 @@ void Network<S>::update_layer(typename LayerOps<S>::Pass pass, LayerArgs<S>& a,
   a.dw_stride = d.param_count;
   pass(a, exec);
   const index_t split = d.has_bias ? d.bias_offset : d.param_count;
-  const auto finish = [&](index_t begin, index_t end, const S* rate) {
+  const auto finish = [&](index_t begin, index_t end, index_t segment, const S* rate) {
     const Rows<const S> from{base.data ? base.data + begin : nullptr, base.stride};
-    backend_.vector.update(a.tasks, end - begin, from, update.factor, rate,
+    backend_.vector.update(a.tasks, end - begin, from, update.scale(segment), rate,
                            {g + begin, d.param_count}, {out.data + begin, out.stride}, exec);
   };
-  if (d.has_weight) finish(0, split, weight_rate);
-  if (d.has_bias) finish(split, d.param_count, bias_rate);
+  if (d.has_weight) finish(0, split, d.segment, weight_rate);
+  if (d.has_bias) finish(split, d.param_count, bias, bias_rate);
 }
 
 template <class S>
@@ -137,7 +139,8 @@ template <class S>
 void Network<S>::store_factor_b(const LayerArgs<S>& a, const S* values, Rows<const S> base,
                                 const Update<S>& update, Rows<S> out, const Exec& exec) const {
   const index_t n = a.samples * a.desc->out.size();
-  backend_.vector.update(a.tasks, n, base, update.factor, update.rate(a.desc->segment), {values, n},
+  const index_t segment = a.desc->segment;
+  backend_.vector.update(a.tasks, n, base, update.scale(segment), update.rate(segment), {values, n},
                          out, exec);
 }
 

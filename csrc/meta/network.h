@@ -74,7 +74,13 @@ struct Update {
   const S* rates = nullptr;                // in backend memory; null: 1
   index_t rate_stride = 1;                 // from segment to segment (0: they share one)
   const FactorRows<S>* factors = nullptr;  // [layers], where layers are factored
-  const S* rate(index_t segment) const { return rates ? rates + segment * rate_stride : nullptr; }
+  // [segments], on the host: the others are scaled by zero, whatever their rate. Null: all.
+  const std::uint8_t* adapted = nullptr;
+  bool moves(index_t segment) const { return !adapted || adapted[segment]; }
+  S scale(index_t segment) const { return moves(segment) ? factor : factor * S(0); }
+  const S* rate(index_t segment) const {
+    return rates && moves(segment) ? rates + segment * rate_stride : nullptr;
+  }
 };
 
 template <class S>

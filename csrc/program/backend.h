@@ -70,6 +70,19 @@ struct Move {
   Rows<S> dst;
 };
 
+// The query losses [T, n] of all tasks, and the meta-loss:
+//
+//   out = sum_k w_k (mean over t of loss[t, k])
+//
+// and NaN in the columns of loss and accuracy whose weight is zero.
+template <class S>
+struct TaskLosses {
+  index_t n = 0;
+  const double* weights = nullptr;  // [n], host memory
+  double *loss = nullptr, *accuracy = nullptr;
+  S* out = nullptr;  // null: nothing is wanted
+};
+
 // Tensors that one call of `gather` or `scatter` moves at most.
 constexpr index_t kMovesAtOnce = 16;
 
@@ -104,6 +117,10 @@ struct VectorOps {
   // plus those rows; then out = sums / total unless `out` is null. Backends in lockstep have none.
   void (*add_rows)(index_t rows, index_t n, index_t begin, index_t end, const S* values,
                    bool begins, double* sums, index_t total, S* out, const Exec&);
+  // In lockstep: dst[index[e]] = mean over tasks of src[t, e], as mean_rows, of `count` <=
+  // kMovesAtOnce tensors (`moves` is host memory); and beside them what losses come to
+  void (*mean_tensors)(const Move<S>* moves, index_t count, index_t tasks, const TaskLosses<S>&,
+                       const Exec&);
   // dst[e] = src[index[e]] and dst[index[e]] = src[e] of `count` <= kMovesAtOnce tensors (`moves`
   // is host memory)
   void (*gather)(const Move<S>* moves, index_t count, index_t tasks, const Exec&);
@@ -120,10 +137,8 @@ struct VectorOps {
   // out[k]
   void (*collect_rates)(index_t rows, index_t n, const std::uint8_t* adapted, const S* values,
                         bool per_tensor, S* out, const Exec&);
-  // Where memory is not the host's: out = sum_k w_k (mean over t of loss[t, k]), and NaN in the
-  // columns of loss and accuracy [T, n] whose weight is zero; weights [n] are host memory
-  void (*mean_loss)(index_t tasks, index_t n, const double* weights, double* loss, double* accuracy,
-                    S* out, const Exec&);
+  // Where memory is not the host's, the losses alone; null if mean_tensors is there
+  void (*mean_loss)(index_t tasks, const TaskLosses<S>&, const Exec&);
 };
 
 // Outer optimizers, a list of parameters (host memory) at a call. All pointers in it are to backend
@@ -195,7 +210,7 @@ struct ResidentBatch {
   const S *support_x, *query_x;  // [T, N, in]
   const void *support_y, *query_y;
   double *loss, *accuracy;  // [T, K + 1] of the query samples
-  S* mean_loss;             // as VectorOps::mean_loss; null: not wanted
+  S* mean_loss;             // as TaskLosses::out
 };
 
 struct ResidentSizes {

@@ -220,13 +220,29 @@ int vector(const char* name, index_t double_precision, index_t tasks, index_t n,
   });
 }
 
-// [T, n] losses and accuracies
+// [T, n] losses and accuracies; no tensors beside them
 int mean_loss(index_t double_precision, index_t tasks, index_t n, const double* weights,
               double* loss, double* accuracy, void* out) {
   return with_scalar(double_precision, [&](auto scalar) {
     using S = decltype(scalar);
-    emulated::vector_ops<S>().mean_loss(tasks, n, weights, loss, accuracy, static_cast<S*>(out),
-                                        {});
+    emulated::vector_ops<S>().mean_tensors(nullptr, 0, tasks,
+                                           {n, weights, loss, accuracy, static_cast<S*>(out)}, {});
+  });
+}
+
+// src: within rows of `row` elements; index may hold nulls
+int mean_tensors(index_t double_precision, index_t tasks, index_t row, index_t count,
+                 const index_t* n, const std::int32_t* const* index, const void* const* src,
+                 void* const* dst, index_t losses, const double* weights, double* loss,
+                 double* accuracy, void* out) {
+  return with_scalar(double_precision, [&](auto scalar) {
+    using S = decltype(scalar);
+    std::vector<Move<S>> moves(count);
+    for (index_t i = 0; i < count; ++i) {
+      moves[i] = {n[i], index[i], {static_cast<const S*>(src[i]), row}, {static_cast<S*>(dst[i])}};
+    }
+    emulated::vector_ops<S>().mean_tensors(
+        moves.data(), count, tasks, {losses, weights, loss, accuracy, static_cast<S*>(out)}, {});
   });
 }
 
