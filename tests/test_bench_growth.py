@@ -172,7 +172,8 @@ def test_pytest_bench_ends_with_the_targets():
     command += ["bench/test_workloads.py", "-k", "sinusoid-1 and (fastmaml or HVP)"]
     command += ["--benchmark-warmup=off", "-o", "addopts="]
     # pytest-benchmark times nothing where pytest-xdist has left its mark
-    env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_XDIST")}
+    foreign = ("PYTEST_XDIST", "PYTEST_ADDOPTS")
+    env = {n: v for n, v in os.environ.items() if not n.startswith(foreign)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

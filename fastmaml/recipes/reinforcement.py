@@ -56,8 +56,7 @@ class RLExperiment(abc.ABC):
     """Settings every experiment of reinforcement learning has."""
 
     preset: Preset = "paper"
-    """settings of the paper, of its reference code, of the paper with a meta-update of
-    less work, or of the later gym-style tasks"""
+    """paper, its code, paper with a cheaper meta-update, or later gym-style tasks"""
     method: Method = "maml"
     """maml, or one of the baselines: pretrained on all tasks, oracle, random start"""
     iterations: int = 500
