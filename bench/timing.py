@@ -147,9 +147,14 @@ def _warm_up(call: Call, plan: Plan) -> float:
     return min(time_call(call, 1) for _ in range(3))
 
 
-def _attends(number: int, share: int, rounds: int) -> bool:
-    """Whether a contender with ``share`` samples is timed in a round (spread out)."""
-    return (number * share) // rounds != ((number + 1) * share) // rounds
+def attended(share: int, rounds: int) -> list[int]:
+    """Returns the rounds in which a contender with ``share`` samples is timed.
+
+    They are spread out, and those of a smaller share are among those of a larger one:
+    two contenders meet in as many rounds as the slower one has.
+    """
+    golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
+    return sorted(sorted(range(rounds), key=lambda n: n * golden % 1)[:share])
 
 
 def interleave(
@@ -167,14 +172,15 @@ def interleave(
     """
     once = {name: _warm_up(call, plan) for name, call in calls.items()}
     repeats = {name: _repeats(seconds, plan) for name, seconds in once.items()}
-    shares = {}
+    attends = {}
     for name, seconds in once.items():
         affordable = int(plan.budget / max(seconds * repeats[name], plan.min_sample))
-        shares[name] = min(plan.rounds, max(plan.min_rounds, affordable))
+        share = min(plan.rounds, max(plan.min_rounds, affordable))
+        attends[name] = attended(share, plan.rounds)
     order = random.Random(seed)
     times: dict[str, dict[int, float]] = {name: {} for name in calls}
     for number in range(plan.rounds):
-        present = [n for n in calls if _attends(number, shares[n], plan.rounds)]
+        present = [n for n in calls if number in attends[n]]
         for name in order.sample(present, len(present)):
             times[name][number] = _sample(calls[name], repeats[name], plan)
     return times

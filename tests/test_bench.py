@@ -15,7 +15,7 @@ from fastmaml import Rates, quick_bench
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: fastmaml itself comes from where it is installed
 
-from bench import contenders, cost, facts, memory, peers, report, targets, timing  # noqa: E402
+from bench import contenders, cost, facts, memory, peers, report, targets  # noqa: E402
 from bench.workloads import WORKLOADS  # noqa: E402
 
 NAMES = sorted(WORKLOADS)
@@ -161,35 +161,6 @@ def test_long_compiles_are_opt_in():
     workload, name = WORKLOADS["mini-imagenet"], "vmap + torch.compile"
     assert "--compile-all" in contenders.reason_to_skip(workload, name, False)
     assert contenders.reason_to_skip(workload, name, True) is None
-
-
-# -- timing -------------------------------------------------------------------------
-
-
-def test_interleaving_is_fair_and_spreads_the_slow():
-    calls = {"fast": lambda: None, "other": lambda: None}
-    plan = timing.Plan(rounds=6, min_rounds=2, min_sample=1e-5, pause=0.0, budget=1.0)
-    times = timing.interleave(calls, plan)
-    assert [sorted(t) for t in times.values()] == [list(range(6))] * 2
-    stingy = timing.Plan(rounds=6, min_rounds=2, min_sample=1e-5, pause=0.0, budget=0)
-    assert sorted(timing.interleave(calls, stingy)["fast"]) == [2, 5]
-
-
-def test_summaries_and_ratios():
-    summary = timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0])
-    assert (summary.lower, summary.median, summary.upper) == (2.0, 3.0, 4.0)
-    ratio = timing.ratio({0: 2.0, 1: 9.0, 2: 8.0}, {0: 1.0, 2: 2.0})
-    assert (ratio.median, ratio.samples) == (3.0, 2)
-    with pytest.raises(ValueError, match="samples"):
-        timing.summarize([])
-
-
-def test_cycle_takes_inputs_in_turn():
-    seen = []
-    call = timing.cycle(seen.append, "abc")
-    for _ in range(4):
-        call()
-    assert sorted(seen[:3]) == list("abc") and seen[3] == seen[0]
 
 
 # -- memory and facts ---------------------------------------------------------------
