@@ -134,8 +134,7 @@ def _repeats(seconds: float, plan: Plan) -> int:
 
 def _sample(call: Call, repeats: int, plan: Plan) -> float:
     time.sleep(plan.pause)
-    if repeats > 1:  # a call that fills a sample alone is warm after microseconds
-        time_call(call, 1)
+    time_call(call, 1)  # behind a slow contender even 0.2 s took 0.27 s at once
     return time_call(call, repeats)
 
 

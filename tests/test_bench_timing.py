@@ -31,6 +31,13 @@ def test_contenders_meet_as_often_as_the_slower_one_is_timed(rounds):
         assert sum(gaps) == rounds and max(gaps) <= 2.7 * rounds / len(at)
 
 
+def test_every_sample_follows_a_call_that_is_not_timed():
+    seen = []
+    plan = timing.Plan(rounds=4, min_rounds=4, min_sample=1e-12, pause=0.0, budget=1.0)
+    timing.interleave({"slow": lambda: seen.append(None)}, plan)
+    assert len(seen) == 1 + 4 * 2
+
+
 def test_summaries_and_ratios():
     summary = timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0])
     assert (summary.lower, summary.median, summary.upper) == (2.0, 3.0, 4.0)
