@@ -97,27 +97,17 @@ def short_way(monkeypatch):
 
 @MODES
 @pytest.mark.parametrize("learn_rates", [False, True])
-def test_the_third_call_takes_the_short_way(accumulate, learn_rates, short_way):
-    learner = settled(accumulate, learn_rates=learn_rates)
+@pytest.mark.parametrize("start", [settled, unset])
+def test_repeated_calls_take_the_short_way(start, accumulate, learn_rates, short_way):
+    learner = start(accumulate, learn_rates=learn_rates)
+    between = forget if start is unset else lambda learner: None
     before = dict(short_way)
     for seed in range(3):
+        between(learner)
         learner.backward(batch(seed=seed), accumulate=accumulate)
     assert short_way["again"] == before["again"] + 3
     assert short_way["run"] == before["run"]
-    check(learner, batch(seed=5), accumulate)
-
-
-@MODES
-@pytest.mark.parametrize("learn_rates", [False, True])
-def test_gradients_set_to_none_take_the_short_way(accumulate, learn_rates, short_way):
-    learner = unset(accumulate, learn_rates=learn_rates)
-    before = dict(short_way)
-    for seed in range(3):
-        forget(learner)
-        learner.backward(batch(seed=seed), accumulate=accumulate)
-    assert short_way["again"] == before["again"] + 3
-    assert short_way["run"] == before["run"]
-    forget(learner)
+    between(learner)
     check(learner, batch(seed=5), accumulate)
 
 
